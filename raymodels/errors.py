@@ -1,0 +1,132 @@
+"""Every error raymodels raises on purpose, as one tree.
+
+RaymodelsError                  something the user can act on; the message names the setting and the remedy
+├── ConfigError                 a setting is unknown, out of range, or contradicts another
+├── DataError                   a source is missing, empty, unreadable or not what it claims to be
+├── StorageError                a place cannot be reached, read or written
+│   └── AlreadyExists           an exclusive create found the name taken
+├── CheckpointError             a checkpoint or run directory cannot be used
+├── IntegrityError              a file is missing or differs from its recorded checksum
+├── RegistryError               a model, version or alias is unknown, or an update lost a race
+├── ClusterError                the cluster is unreachable or too small
+├── TrainingError               a worker failed; the worker's own traceback is in the message
+├── ServeError                  an endpoint could not be started
+├── JobError                    a submitted job failed or was stopped
+└── ClientError                 a call to an endpoint did not succeed
+    ├── ConnectionFailed        no answer: refused, reset or timed out
+    └── StatusError             an HTTP error answer; .status, .kind and .param carry its parts
+        ├── BadRequest          400, 413, 422
+        ├── NotAllowed          401, 403
+        ├── NotFound            404
+        ├── Overloaded          429, 503; .retry_after in seconds where the server said so
+        └── ServerFailed        any other 5xx
+
+Broken invariants are assertions, and everything else propagates as it is.
+"""
+
+from __future__ import annotations
+
+
+class RaymodelsError(Exception):
+    """Base of all errors above. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class ConfigError(RaymodelsError):
+    exit_code = 2
+
+
+class DataError(RaymodelsError):
+    exit_code = 2
+
+
+class StorageError(RaymodelsError):
+    exit_code = 2
+
+
+class AlreadyExists(StorageError):
+    pass
+
+
+class CheckpointError(RaymodelsError):
+    exit_code = 2
+
+
+class IntegrityError(RaymodelsError):
+    exit_code = 2
+
+
+class RegistryError(RaymodelsError):
+    exit_code = 2
+
+
+class ClusterError(RaymodelsError):
+    exit_code = 2
+
+
+class TrainingError(RaymodelsError):
+    pass
+
+
+class ServeError(RaymodelsError):
+    pass
+
+
+class JobError(RaymodelsError):
+    pass
+
+
+class ClientError(RaymodelsError):
+    pass
+
+
+class ConnectionFailed(ClientError):
+    pass
+
+
+class StatusError(ClientError):
+    """An HTTP error answer.
+
+    Args:
+        message: what the server said.
+        status: the HTTP status.
+        kind: the ``type`` of OpenAI's error object, if any.
+        param: the request field at fault, if the server named one.
+        retry_after: seconds, from the ``Retry-After`` header, if there was one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        kind: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.retry_after = retry_after
+
+
+class BadRequest(StatusError):
+    exit_code = 2
+
+
+class NotAllowed(StatusError):
+    exit_code = 2
+
+
+class NotFound(StatusError):
+    exit_code = 2
+
+
+class Overloaded(StatusError):
+    pass
+
+
+class ServerFailed(StatusError):
+    pass

@@ -1,0 +1,79 @@
+"""MANIFEST.json: the list of a folder's files with sizes and checksums, written last.
+
+It makes a folder of any size appear at once on any storage: *no manifest, no folder.* Checkpoints and model versions
+are both committed this way, and readers trust nothing that a manifest does not vouch for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypedDict
+
+from raymodels import storage
+from raymodels.errors import IntegrityError, StorageError
+
+FILE = "MANIFEST.json"
+HASH_THREADS = 8
+
+
+class Entry(TypedDict):
+    size: int
+    sha256: str
+
+
+Entries = dict[str, Entry]
+
+
+def is_committed(place: str) -> bool:
+    return storage.exists(storage.join(place, FILE))
+
+
+def describe(place: str, files: Iterable[str] | None = None) -> Entries:
+    """Size and SHA-256 of the given files of a folder (relative paths), or of all but the manifest."""
+    sizes = storage.walk(place)
+    names = sorted(files) if files is not None else [name for name in sizes if name != FILE]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets go of the interpreter lock
+        digests = list(pool.map(lambda name: storage.sha256(storage.join(place, name)), names))
+    return {name: Entry(size=sizes[name], sha256=digest) for name, digest in zip(names, digests, strict=True)}
+
+
+def commit(place: str, entries: Entries) -> None:
+    """Write the manifest; from here on the folder exists."""
+    storage.write_json(storage.join(place, FILE), {"files": entries})
+
+
+def read(place: str) -> Entries:
+    """The entries of a committed folder.
+
+    Raises:
+        IntegrityError: there is no manifest, or it is not one.
+    """
+    if not is_committed(place):
+        raise IntegrityError(f"{place} has no {FILE}: it was never committed")
+    try:
+        entries: Entries = storage.read_json(storage.join(place, FILE))["files"]
+        for entry in entries.values():
+            entry["size"], entry["sha256"]
+    except (StorageError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{storage.join(place, FILE)} is not a manifest: {error}") from error
+    return entries
+
+
+def verify(place: str) -> Entries:
+    """Compare every file with the manifest; a file beside it that the manifest does not name is ignored.
+
+    Raises:
+        IntegrityError: names the first file that is missing, or whose size or content differs.
+    """
+    recorded = read(place)
+    sizes = storage.walk(place)
+    for name, entry in recorded.items():
+        if name not in sizes:
+            raise IntegrityError(f"{storage.join(place, name)} is missing")
+        if sizes[name] != entry["size"]:
+            raise IntegrityError(f"{storage.join(place, name)} has {sizes[name]} bytes, not {entry['size']}")
+    for name, found in describe(place, recorded).items():
+        if found["sha256"] != recorded[name]["sha256"]:
+            raise IntegrityError(f"{storage.join(place, name)} was changed: its checksum is not the recorded one")
+    return recorded

@@ -1,0 +1,218 @@
+"""One way to read, write, list and atomically publish files: local disk, NFS, s3://, gs://.
+
+A place is a string: a path or a URI. The protocols are fsspec's; object stores need their driver installed
+(``pip install 's3fs'`` or ``'gcsfs'``). Two guarantees carry everything above this module:
+
+- `write_bytes` is atomic: a reader sees the old content or the new, never a part.
+- `create` is atomic *and* exclusive: of several writers one wins and the others get `AlreadyExists`.
+  Compare-and-swap in the registry is built on this alone, so it holds wherever `create` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from raymodels.errors import AlreadyExists, StorageError
+
+CHUNK = 4 << 20
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    assert is_local(uri), uri
+    return Path(uri.removeprefix("file://"))
+
+
+def absolute(uri: str) -> str:
+    """The place with a relative local path made absolute, so that it means the same in every process."""
+    return str(local_path(uri).expanduser().absolute()) if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    return posixpath.join(uri, *parts)
+
+
+def name(uri: str) -> str:
+    return posixpath.basename(uri.rstrip("/"))
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a place and the path in it.
+
+    Raises:
+        StorageError: the protocol is unknown or its driver is not installed.
+    """
+    try:
+        # Listings of object stores are never cached: another process may have written since.
+        options = {} if is_local(uri) else {"use_listings_cache": False}
+        fs, path = url_to_fs(uri, **options)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"cannot open {uri}: {error}") from error
+    return fs, path
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def open_file(uri: str, mode: str = "rb") -> IO[Any]:
+    """Open one file; writing to a local path makes its folder.
+
+    Raises:
+        StorageError: the file is missing or cannot be opened.
+    """
+    fs, path = filesystem(uri)
+    try:
+        if "r" not in mode and is_local(uri):
+            os.makedirs(posixpath.dirname(path), exist_ok=True)
+        handle: IO[Any] = fs.open(path, mode)
+        return handle
+    except OSError as error:
+        raise StorageError(f"cannot open {uri}: {error}") from error
+
+
+def read_bytes(uri: str) -> bytes:
+    with open_file(uri) as file:
+        data: bytes = file.read()
+        return data
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is not JSON: {error}") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Replace one file atomically; on return it survives a power cut."""
+    if is_local(uri):
+        path = local_path(uri)
+        temporary = _write_beside(path, data)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    else:
+        fs, remote = filesystem(uri)
+        fs.pipe_file(remote, data)
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def create(uri: str, data: bytes) -> None:
+    """Write a file that must not be there yet, atomically and durably.
+
+    Raises:
+        AlreadyExists: somebody else has created it; its content is whole.
+    """
+    try:
+        if is_local(uri):
+            path = local_path(uri)
+            temporary = _write_beside(path, data)
+            try:
+                os.link(temporary, path)  # unlike rename, link fails where the name is taken; also over NFS
+            finally:
+                temporary.unlink()
+            sync_folder(path.parent)
+        else:
+            fs, remote = filesystem(uri)
+            fs.pipe_file(remote, data, mode="create")  # a conditional PUT on S3 and GCS
+    except FileExistsError as error:
+        raise AlreadyExists(f"{uri} already exists") from error
+
+
+def append(uri: str, data: bytes) -> None:
+    """Add to the end of a file with one writer. Object stores rewrite it, so keep it small there."""
+    with open_file(uri, "ab") as file:
+        file.write(data)
+
+
+def list_names(uri: str) -> list[str]:
+    """The names of the files and folders directly in a place, sorted; none if it does not exist."""
+    fs, path = filesystem(uri)
+    try:
+        return sorted(name(entry) for entry in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def walk(uri: str) -> dict[str, int]:
+    """Every file below a place: path relative to it -> size in bytes, sorted by path."""
+    fs, root = filesystem(uri)
+    found = fs.find(root, detail=True)
+    root = root.rstrip("/") + "/"
+    return {path.removeprefix(root): info["size"] for path, info in sorted(found.items())}
+
+
+def delete(uri: str) -> None:
+    """Remove a file or folder with all it holds; nothing happens if it is not there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def copy_file(source: str, target: str) -> None:
+    with open_file(source) as reader, open_file(target, "wb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK)
+
+
+def sha256(uri: str) -> str:
+    """The hex SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    for piece in _pieces(uri):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Make a local file's content survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make a local folder's entries (a rename, a new file) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+    return temporary
+
+
+def _pieces(uri: str) -> Iterator[bytes]:
+    with open_file(uri) as file:
+        while piece := file.read(CHUNK):
+            yield piece
