@@ -210,9 +210,8 @@ class EvalConfig(Section):
 
 
 class PublishConfig(Section):
-    """Make the finished run a version in a registry."""
+    """Make the finished run a version in the registry."""
 
-    registry: str = "./registry"
     name: Name
     alias: Name | None = Field(None, description="an alias to move to the new version, such as prod")
 
@@ -229,7 +228,8 @@ class Config(Section):
     workers: WorkersConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    publish: PublishConfig | None = None
+    registry: str = Field("./registry", description="folder or bucket of published model versions")
+    publish: PublishConfig | None = Field(None, description="none leaves the run's checkpoints unpublished")
 
     @model_validator(mode="after")
     def _across(self) -> Self:
@@ -333,7 +333,7 @@ class ServeConfig(Section):
 Root = TypeVar("Root", Config, ServeConfig)
 
 # Where things lie, not what they are: may differ between two starts of one run.
-PLACES = {"run": {"storage"}, "data": {"prepared"}, "publish": True}
+PLACES = {"run": {"storage"}, "data": {"prepared"}, "registry": True, "publish": True}
 
 
 def load(path: str | Path, overrides: list[str] | None = None, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
@@ -343,14 +343,18 @@ def load(path: str | Path, overrides: list[str] | None = None, root: type[Root] 
         ConfigError: the file cannot be read, an override has no ``=``, or a setting is wrong; names each setting.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config {path} must be a mapping of sections, not {type(raw).__name__}")
+    raw = _mapping(text, str(path))
     for override in overrides or []:
         _apply(raw, override)
     return validate(raw, root)
+
+
+def from_yaml(text: str, source: str) -> Config:
+    """A training config from YAML text; ``source`` is its name in errors."""
+    return validate(_mapping(text, source))
 
 
 def validate(raw: dict[str, Any], root: type[Root] = Config) -> Root:  # type: ignore[assignment]
@@ -383,6 +387,16 @@ def difference(old: Config, new: Config) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read config {source}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {source} must be a mapping of sections, not {type(raw).__name__}")
+    return raw
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

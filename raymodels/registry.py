@@ -13,7 +13,6 @@ local disk, NFS, S3 and GCS alike, without locks.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -65,10 +64,9 @@ class Version:
         if storage.is_local(self.place):
             self.verify()
             return str(storage.local_path(self.model_place))
-        digest = manifest.read(self.place)
-        cached = _cache() / f"{self.name}-{self.number}-{_fold(digest)}"
+        cached = _cache() / f"{self.name}-{self.number}-{manifest.digest(self.place)[:12]}"
         if not manifest.is_committed(str(cached)):
-            _download(self.place, digest, cached)
+            _download(self.place, cached)
         manifest.verify(str(cached))
         return str(cached / "model")
 
@@ -219,16 +217,12 @@ def _cache() -> Path:
     return Path(os.environ.get("RAYMODELS_CACHE", "~/.cache/raymodels")).expanduser() / "versions"
 
 
-def _fold(entries: manifest.Entries) -> str:
-    return hashlib.sha256(storage.to_json(entries)).hexdigest()[:12]
-
-
-def _download(place: str, entries: manifest.Entries, target: Path) -> None:
+def _download(place: str, target: Path) -> None:
     """Copy beside the target and rename, so that processes which fetch at once do not see each other's parts."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         whole = Path(temporary) / "version"
-        for file in [*entries, manifest.FILE]:
+        for file in [*manifest.read(place), manifest.FILE]:
             storage.copy_file(storage.join(place, file), str(whole / file))
         try:
             whole.rename(target)

@@ -1,0 +1,1 @@
+"""Build a model and its tokenizer. Nothing distributed lives here."""

@@ -1,0 +1,1 @@
+"""Train with Ray Train and DeepSpeed ZeRO. Meets serving only at the checkpoint."""

@@ -1,0 +1,113 @@
+"""Where a run keeps its checkpoints, which of them count, and what each says of itself.
+
+    <run>/checkpoints/step-00000050/zero/…           DeepSpeed's shards, some from every rank
+    <run>/checkpoints/step-00000050/model/…          config and tokenizer, Hugging Face layout
+    <run>/checkpoints/step-00000050/state.json       `State`
+    <run>/checkpoints/step-00000050/MANIFEST.json    every file's size and checksum; written last
+
+A folder without its manifest is the remains of an interrupted save: no reader sees it, the next save sweeps it up.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raymodels import manifest, storage
+from raymodels.errors import CheckpointError
+
+FORMAT = 1
+ZERO = "zero"
+MODEL = "model"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint says of itself.
+
+    ``step`` optimizer steps are done, so step ``step`` (counted from 0) comes next. ``tokens`` were trained on.
+    ``metrics`` are the newest known, such as ``loss`` and ``eval_loss`` in nats per token.
+    """
+
+    step: int
+    tokens: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    config_digest: str
+    data_fingerprint: str
+    metrics: dict[str, float]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. Only `committed` and a finished save make one."""
+
+    place: str
+    step: int
+
+    def state(self) -> State:
+        raw: dict[str, Any] = storage.read_json(storage.join(self.place, STATE))
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(f"{self.place} has format {raw.get('format')}, this raymodels reads {FORMAT}")
+        return State(**raw)
+
+
+def step_place(run: str, step: int) -> str:
+    return storage.join(run, "checkpoints", f"step-{step:08d}")
+
+
+def committed(run: str) -> list[Checkpoint]:
+    """The checkpoints of a run directory that count, oldest first."""
+    found = [Checkpoint(step_place(run, step), step) for step in _steps(run)]
+    return [checkpoint for checkpoint in found if manifest.is_committed(checkpoint.place)]
+
+
+def latest(run: str) -> Checkpoint | None:
+    """The newest committed checkpoint of a run directory, if there is one."""
+    for step in reversed(_steps(run)):
+        if manifest.is_committed(place := step_place(run, step)):
+            return Checkpoint(place, step)
+    return None
+
+
+def open_checkpoint(place: str) -> Checkpoint:
+    """A committed checkpoint given by its own folder, or the newest one of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if match := re.fullmatch(r"step-(\d{8})", storage.name(place)):
+        if manifest.is_committed(place):
+            return Checkpoint(place, int(match[1]))
+        raise CheckpointError(f"{place} is not a committed checkpoint: it has no {manifest.FILE}")
+    if (found := latest(place)) is None:
+        raise CheckpointError(f"{place} has no committed checkpoint: train first, or name another run")
+    return found
+
+
+def retain(run: str, keep: int) -> None:
+    """Delete all but the newest ``keep`` committed checkpoints; the manifest goes first, so none is half there."""
+    for checkpoint in committed(run)[:-keep]:
+        storage.delete(storage.join(checkpoint.place, manifest.FILE))
+        storage.delete(checkpoint.place)
+
+
+def sweep(run: str) -> list[str]:
+    """Delete what interrupted saves left, and say which. Only for the one process that owns the run."""
+    torn = [place for step in _steps(run) if not manifest.is_committed(place := step_place(run, step))]
+    for place in torn:
+        storage.delete(place)
+    return torn
+
+
+def _steps(run: str) -> list[int]:
+    names = storage.list_names(storage.join(run, "checkpoints"))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8})", name)))
+
+
+def to_json(state: State) -> bytes:
+    return storage.to_json(asdict(state))

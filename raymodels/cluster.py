@@ -1,0 +1,72 @@
+"""Reach a Ray cluster, and know whether it can ever hold what is asked of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import ray
+
+from raymodels.config import WorkersConfig
+from raymodels.errors import ClusterError
+
+POLL_SECONDS = 1.0
+
+
+def connect() -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names or that runs on this host, or start a local one.
+
+    A local one is started with token authentication, Ray's default there; for another set ``RAY_AUTH_MODE`` yourself.
+
+    Raises:
+        ClusterError: the address does not answer, or refuses the token.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        address = os.environ.get("RAY_ADDRESS", "this host")
+        raise ClusterError(f"cannot reach Ray at {address}: {error}; check RAY_ADDRESS and the token") from error
+
+
+def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None:
+    """Wait until the cluster's nodes could hold all workers at once, also if others use them now.
+
+    Nodes may still be joining, so this waits up to ``workers.start_timeout_s``, saying once what for.
+
+    Raises:
+        ClusterError: they did not come in time; says what is missing.
+    """
+    deadline, said = time.monotonic() + workers.start_timeout_s, False
+    while (room := _room(workers)) < workers.count:
+        missing = (
+            f"the cluster has room for {room} of {workers.count} workers of {workers.cpus:g} CPU and {workers.gpus} GPU"
+            f" ({_inventory()})"
+        )
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"{missing} after {workers.start_timeout_s:g} s: add nodes, or lower workers.count, cpus or gpus"
+            )
+        if not said:
+            notice(f"{missing}; waiting up to {workers.start_timeout_s:g} s for more nodes")
+            said = True
+        time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+def _room(workers: WorkersConfig) -> int:
+    return sum(_fits(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
+
+
+def _fits(resources: dict[str, float], workers: WorkersConfig) -> int:
+    by_cpu = math.floor(resources.get("CPU", 0) / workers.cpus)
+    return min(by_cpu, math.floor(resources.get("GPU", 0) / workers.gpus)) if workers.gpus else by_cpu
+
+
+def _inventory() -> str:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = {kind: sum(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
+    return f"{len(alive)} nodes with {total['CPU']:g} CPU and {total['GPU']:g} GPU in all"

@@ -1,0 +1,85 @@
+"""Make one rank's DeepSpeed engine: the model, its parameter groups, the partitioning."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from raymodels.config import Config, ModelConfig
+from raymodels.models.build import DTYPES, construct, initialize, load
+from raymodels.registry import PREFIX, Registry
+from raymodels.train import zero
+
+
+def starting_point(config: Config) -> ModelConfig:
+    """``config.model`` with a registry reference in ``from`` replaced by this host's verified copy of that version."""
+    if not (config.model.from_ or "").startswith(PREFIX):
+        return config.model
+    assert config.model.from_
+    return config.model.model_copy(update={"from_": Registry(config.registry).resolve(config.model.from_).fetch()})
+
+
+def join_process_group() -> None:
+    """Have DeepSpeed use the torch.distributed process group that this process is in already."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with redirect_stdout(StringIO()):  # DeepSpeed prints what it loads
+        deepspeed.init_distributed(dist_init_required=False)
+
+
+def make_model(config: Config, source: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """The model on this rank: equal weights whatever the ZeRO stage, partitioned from the start at stage 3."""
+    dtype, partitioned = DTYPES[config.train.precision], config.zero.stage == 3
+    if source.from_ is not None:
+        # transformers looks for a live HfDeepSpeedConfig to know that weights must be partitioned as they are loaded.
+        alive = HfDeepSpeedConfig(zero.deepspeed_config(config)) if partitioned else None
+        model = load(source.from_, architecture, dtype)
+        del alive
+    elif partitioned:
+        with deepspeed.zero.Init(config_dict_or_path=zero.deepspeed_config(config)):
+            model = construct(architecture, dtype)
+        initialize(model, config.run.seed, lambda some: deepspeed.zero.GatheredParameters(some, modifier_rank=0))
+    else:
+        model = construct(architecture, dtype)
+        initialize(model, config.run.seed, nullcontext)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def make_engine(config: Config, model: torch.nn.Module) -> Any:
+    """Wrap the model in a DeepSpeed engine with its AdamW."""
+    groups = parameter_groups(model, config.train.weight_decay)
+    with redirect_stdout(StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=zero.deepspeed_config(config))
+    return engine
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (biases and norm weights) do not."""
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        # A parameter partitioned by ZeRO-3 is empty here and keeps its real shape beside it.
+        (matrices if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def write_assets(architecture: PreTrainedConfig, tokenizer_dir: str) -> Path:
+    """A new local folder with config and tokenizer: what a checkpoint carries beside the weights."""
+    folder = Path(tempfile.mkdtemp(prefix="raymodels-assets-"))
+    architecture.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return folder

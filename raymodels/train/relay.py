@@ -1,0 +1,61 @@
+"""Bring the workers' reports to the driver while `TorchTrainer.fit` blocks it.
+
+Ray Train calls back in its controller process, which it pins to the driver's host; so a local file between the two is
+enough: the controller appends lines, a thread of the driver reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint, UserCallback
+
+POLL_SECONDS = 0.2
+
+Event = dict[str, Any]
+
+
+class Relay(UserCallback):  # type: ignore[misc]
+    """Runs in the controller: one line a report, rank 0's metrics with the memory of all ranks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_report(self, run_context: Any, metrics: list[Event], checkpoint: Checkpoint | None) -> None:
+        first = dict(metrics[0])
+        first["memory_bytes"] = [rank["memory_bytes"] for rank in metrics]
+        with self._path.open("a") as file:
+            file.write(json.dumps(first) + "\n")
+
+
+@contextmanager
+def relay(on_report: Callable[[Event], None]) -> Iterator[Relay]:
+    """A `Relay` for a trainer, whose reports reach ``on_report`` in a thread of this process, all by the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reports.jsonl"
+        path.touch()
+        finished = threading.Event()
+        reader = threading.Thread(target=_follow, args=(path, finished, on_report), daemon=True)
+        reader.start()
+        try:
+            yield Relay(path)
+        finally:
+            finished.set()
+            reader.join()
+
+
+def _follow(path: Path, finished: threading.Event, on_report: Callable[[Event], None]) -> None:
+    with path.open() as file:
+        while True:
+            ending = finished.is_set()  # asked before reading, so that the last lines are read after it
+            while line := file.readline():
+                on_report(json.loads(line))
+            if ending:
+                return
+            finished.wait(POLL_SECONDS)
