@@ -68,7 +68,7 @@ def only(models: Sequence[Model]) -> str:
 
 
 def body(model: str, options: Mapping[str, Any], known: type, **fields: Any) -> dict[str, Any]:
-    """A request's JSON.
+    """A request's JSON; an option that is None is left to the server.
 
     Raises:
         TypeError: an option that ``known`` does not have, as for any other call with a wrong keyword.
@@ -76,7 +76,8 @@ def body(model: str, options: Mapping[str, Any], known: type, **fields: Any) -> 
     unknown = sorted(options.keys() - known.__annotations__.keys())
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(known.__annotations__))}")
-    return {"model": model, **fields, **options}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"model": model, **fields, **given}
 
 
 def chat_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -31,8 +32,12 @@ def starting_point(config: Config) -> ModelConfig:
 def join_process_group() -> None:
     """Have DeepSpeed use the torch.distributed process group that this process is in already."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with redirect_stdout(StringIO()):  # DeepSpeed prints what it loads
-        deepspeed.init_distributed(dist_init_required=False)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Told nothing, DeepSpeed probes every kernel with the compiler and builds one for collectives in CPU inference (over
+    # a minute, once). Training uses none of these; an offloaded optimizer's kernel is built without asking here.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_init_required=False)
 
 
 def make_model(config: Config, source: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:

@@ -31,6 +31,7 @@ class RunResult:
     """How a run ended. ``metrics`` are the last known; ``phases`` are the start-up's seconds by name."""
 
     place: str
+    prepared: Prepared
     checkpoint: layout.Checkpoint
     metrics: dict[str, float]
     phases: dict[str, float] = field(default_factory=dict)
@@ -51,9 +52,9 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
         ClusterError: the cluster cannot hold the workers.
         TrainingError: a worker failed.
     """
-    config = resolved(config)
     zero.deepspeed_config(config)
-    prepared = _prepared(config, on_event)
+    prepared = prepare_data(config, on_event)
+    config = resolved(config)
     _own(config)
     with Events(config.place, on_event) as events:
         events(_described(prepared))
@@ -69,7 +70,7 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
         metrics = checkpoint.state().metrics
         ending = {"place": config.place, "checkpoint": checkpoint.place, "metrics": metrics}
         events({"kind": "finished", **ending, "version": version.reference if version else None})
-    return RunResult(config.place, checkpoint, metrics, phases, version)
+    return RunResult(config.place, prepared, checkpoint, metrics, phases, version)
 
 
 def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) -> dict[str, float]:
@@ -84,7 +85,7 @@ def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) ->
     config = resolved(config)
     layout.open_checkpoint(config.place)
     _refuse_another(config)
-    report = _fit(config, _prepared(config, on_event), on_event or _ignore, evaluate_only=True)
+    report = _fit(config, prepare_data(config, on_event), on_event or _ignore, evaluate_only=True)
     return {"step": report["step"], "eval_loss": report["eval_loss"]}
 
 
@@ -100,7 +101,16 @@ def resolved(config: Config) -> Config:
     return Config.model_validate(raw)
 
 
-def _prepared(config: Config, on_event: Callable[[Event], None] | None) -> Prepared:
+def prepare_data(config: Config, on_event: Callable[[Event], None] | None = None) -> Prepared:
+    """The config's prepared dataset, with the tokenizer of ``model.from`` where ``data.tokenizer`` is not set.
+
+    Raises:
+        DataError: the source or tokenizer cannot be used, or a split has no samples.
+        ConfigError: the model that the config starts from does not fit the data.
+        RegistryError: it names an unknown version.
+    """
+    config = resolved(config)
+
     def progress(done: int, total: int) -> None:
         (on_event or _ignore)({"kind": "preparing", "done": done, "total": total})
 

@@ -135,10 +135,11 @@ def optimizer_step(session: Session, step: int) -> tuple[torch.Tensor, float, fl
     for batch in batches:
         loss = objective.loss(engine, batch)
         engine.backward(loss * (dist.get_world_size() / weight), scale_wrt_gas=False)
-        plain_norm = _plain_grad_norm(engine)
+        unpartitioned = config.zero.stage == 0 and config.train.precision == "fp32"
+        plain_norm = _plain_grad_norm(engine) if unpartitioned else None
         engine.step()
         total += loss.detach()
-    return total, weight, plain_norm or float(engine.get_global_grad_norm())
+    return total, weight, float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
 
 
 @torch.no_grad()
@@ -163,10 +164,8 @@ def _on(device: torch.device, batches: Iterable[Batch]) -> list[Batch]:
     return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
 
 
-def _plain_grad_norm(engine: Any) -> float | None:
-    """The norm at ZeRO stage 0 in fp32, where DeepSpeed clips without telling it; the averaged gradients are all here."""
-    if engine.zero_optimization() or engine.bfloat16_enabled() or not engine.is_gradient_accumulation_boundary():
-        return None
+def _plain_grad_norm(engine: Any) -> float:
+    """The norm at ZeRO stage 0 in fp32, where DeepSpeed clips without telling it."""
     return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 

@@ -1,0 +1,34 @@
+# make demo: the main job.  make test: the tests.  Both set up .venv first, in a fresh clone.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/ready
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo test test-fast check clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python jobs/demo.py
+
+test: check
+	$(BIN)/pytest
+
+test-fast: $(READY)
+	$(BIN)/pytest tests/unit
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_house.py
+
+clean:
+	rm -rf .venv runs registry prepared exports benchmarks/results

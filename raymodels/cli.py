@@ -1,0 +1,323 @@
+"""The command `raymodels`: parse, call, print. Everything it does is one function call away in Python.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 something failed, 2 bad input, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from raymodels.config import Config, ServeConfig, dump, load, to_yaml
+from raymodels.errors import RaymodelsError
+
+app = typer.Typer(
+    help="One config trains a Transformer with Ray Train and DeepSpeed ZeRO, registers the checkpoint and serves it.",
+    epilog="Start with: raymodels doctor, then raymodels train jobs/configs/demo.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+models = typer.Typer(help="The registry: named, immutable, checksummed model versions.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as jobs/configs/demo.yaml")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
+RegistryPlace = Annotated[str, typer.Option("--registry", help="Folder or bucket of the registry")]
+Url = Annotated[str, typer.Option("--url", envvar="RAYMODELS_URL", help="Where the endpoint is")]
+ModelName = Annotated[str | None, typer.Option("--model", help="Default: the only model that is served")]
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one line on stderr."""
+    try:
+        app(standalone_mode=False)
+    except RaymodelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except TyperException as error:
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = [], as_json: AsJson = False) -> None:
+    """Tokenise a config's source into a prepared dataset, or find that it is there already."""
+    from raymodels.display import following
+    from raymodels.train.launch import prepare_data
+
+    settings = load(config, overrides)
+    with following(settings.train.steps) as on_event:
+        prepared = prepare_data(settings, on_event)
+    result = {"place": prepared.place, "reused": prepared.reused, "fingerprint": prepared.fingerprint}
+    for split in ("train", "eval"):
+        result[f"{split}_tokens"] = prepared.tokens(split)
+        result[f"{split}_unigram_entropy"] = prepared.unigram_entropy(split)
+    _show(result, as_json)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = [],
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved config and DeepSpeed's, and stop")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a config to its end; started again, it resumes from its last committed checkpoint."""
+    settings = load(config, overrides)
+    if dry_run:
+        _dry_run(settings, as_json)
+        return
+    from raymodels.display import following
+    from raymodels.train.launch import train as run
+
+    with following(settings.train.steps) as on_event:
+        result = run(settings, on_event)
+    _show(
+        {
+            "run": result.place,
+            "checkpoint": result.checkpoint.place,
+            "version": result.version.reference if result.version else None,
+            "start_up_seconds": result.phases,
+            **result.metrics,
+        },
+        as_json,
+    )
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = [], as_json: AsJson = False) -> None:
+    """The held-out loss of a run's newest checkpoint, in nats per token."""
+    from raymodels.display import following
+    from raymodels.train.launch import evaluate as run
+
+    settings = load(config, overrides)
+    with following(settings.train.steps) as on_event:
+        result = run(settings, on_event)
+    _show(result, as_json)
+
+
+@app.command()
+def export(
+    place: Annotated[str, typer.Argument(help="A run directory (its newest checkpoint) or one checkpoint's folder")],
+    target: Annotated[Path, typer.Argument(help="A new folder for the Hugging Face model")],
+) -> None:
+    """Write a checkpoint as a Hugging Face model directory that from_pretrained loads."""
+    from raymodels.checkpoint.export import export as write
+    from raymodels.checkpoint.layout import open_checkpoint
+
+    print(write(open_checkpoint(place), target))
+
+
+@models.command("list")
+def list_models(registry: RegistryPlace = "./registry", as_json: AsJson = False) -> None:
+    """Every version, its aliases, step and held-out loss."""
+    from raymodels.registry import Registry
+
+    found = Registry(registry)
+    rows = []
+    for version in found.versions():
+        named = [alias for alias, number in found.aliases(version.name).items() if number == version.number]
+        card = version.card
+        rows.append(
+            {
+                "version": version.reference,
+                "aliases": ", ".join(sorted(named)),
+                "run": card.get("run"),
+                "step": card.get("step"),
+                "held-out loss": card.get("metrics", {}).get("eval_loss"),
+            }
+        )
+    _show_rows(rows, as_json)
+
+
+@models.command("show")
+def show_model(
+    reference: Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias")],
+    registry: RegistryPlace = "./registry",
+    verify: Annotated[bool, typer.Option(help="Compare every file with its checksum")] = False,
+) -> None:
+    """A version's card as JSON: where it came from and how good it is."""
+    from raymodels.registry import Registry
+
+    version = Registry(registry).resolve(reference)
+    if verify:
+        version.verify()
+    print(json.dumps({"place": version.place, **version.card}, indent=2))
+
+
+@models.command("tag")
+def tag_model(
+    reference: Annotated[str, typer.Argument(help="The version to point at: NAME, NAME@3 or NAME@alias")],
+    alias: Annotated[str, typer.Argument(help="The alias to set, such as prod")],
+    registry: RegistryPlace = "./registry",
+    expect: Annotated[int | None, typer.Option(help="Refuse unless the alias points at this version now")] = None,
+) -> None:
+    """Point an alias at a version, by compare-and-swap."""
+    from raymodels.registry import Registry
+
+    found = Registry(registry)
+    version = found.resolve(reference)
+    found.set_alias(version.name, alias, version.number, expect)
+    print(f"{version.name}@{alias} -> {version.reference}")
+
+
+@models.command("publish")
+def publish_model(config: ConfigPath, overrides: Overrides = []) -> None:
+    """Publish the newest checkpoint of a config's run as its publish section says."""
+    from raymodels.checkpoint.layout import open_checkpoint
+    from raymodels.errors import ConfigError
+    from raymodels.publish import publish
+
+    settings = load(config, overrides)
+    if settings.publish is None:
+        raise ConfigError("publish: missing; give publish.name")
+    print(publish(settings, open_checkpoint(settings.place)).reference)
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = []) -> None:
+    """Serve model versions behind an OpenAI-shaped HTTP endpoint until interrupted."""
+    settings = load(config, overrides, ServeConfig)
+    from raymodels.serve.deploy import deploy
+
+    endpoint = deploy(settings)
+    try:
+        print(f"serving {', '.join(endpoint.models)} at {endpoint.url}  (Ctrl-C ends it)", flush=True)
+        endpoint.wait()
+    finally:
+        endpoint.close()
+
+
+@app.command()
+def complete(
+    prompt: Annotated[str, typer.Argument(help="The text to continue")],
+    model: ModelName = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable")] = None,
+    url: Url = "http://127.0.0.1:8000",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, printed as it streams in."""
+    from raymodels.client import Client
+
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    with Client(url) as client:
+        if as_json:
+            print(client.complete(prompt, model=model, **sampling).model_dump_json(indent=2))
+            return
+        for delta in client.stream(prompt, model=model, **sampling):
+            print(delta.text, end="", flush=True)
+    print()
+
+
+@app.command()
+def chat(
+    message: Annotated[str, typer.Argument(help="What to say")],
+    model: ModelName = None,
+    system: Annotated[str | None, typer.Option(help="Instructions that come first")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.7,
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Ask a chat model, printed as it streams in."""
+    from raymodels.client import Client
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": message})
+    with Client(url) as client:
+        for delta in client.stream(messages=messages, model=model, max_tokens=max_tokens, temperature=temperature):
+            print(delta.text, end="", flush=True)
+    print()
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = [],
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard, http://HOST:8265; default RAY_ADDRESS")
+    ] = None,
+    job: Annotated[JobName, typer.Option(help="Which of jobs/ to run")] = "train",
+    wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's result")] = True,
+) -> None:
+    """Run a job of this working tree on a Ray cluster."""
+    from raymodels.submit import submit as run
+
+    result = run(config, address=address, job=job, overrides=overrides, wait=wait)
+    print(f"{result.submission_id}  {result.status}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, what is missing, and the remedy for each."""
+    from raymodels.doctor import checks
+
+    found = checks()
+    rows = [{"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": "" if c.ok else c.remedy} for c in found]
+    _show_rows(rows, as_json)
+    if not all(check.ok or check.optional for check in found):
+        raise typer.Exit(1)
+
+
+def _dry_run(settings: Config, as_json: bool) -> None:
+    from raymodels.train.zero import deepspeed_config
+
+    derived = deepspeed_config(settings)
+    if as_json:
+        print(json.dumps({"config": dump(settings), "deepspeed": derived}, indent=2))
+    else:
+        print(
+            f"# The config as resolved\n{to_yaml(settings)}\n# What DeepSpeed is given\n{json.dumps(derived, indent=2)}"
+        )
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    width = max(len(key) for key in result)
+    for key, value in result.items():
+        print(f"{key:<{width}}  {_text(value)}")
+
+
+def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif sys.stdout.isatty():
+        table = Table(*(rows[0] if rows else []), box=None)
+        for row in rows:
+            table.add_row(*(_text(value) for value in row.values()))
+        Console().print(table)
+    else:
+        for row in rows:
+            print("\t".join(_text(value) for value in row.values()))
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        case dict():
+            return "  ".join(f"{key} {_text(item)}" for key, item in value.items())
+        case _:
+            return str(value)

@@ -1,0 +1,106 @@
+"""What all tiers share: a tiny corpus, a tiny model, configs over them, and one local Ray for the whole run."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymodels.config import Config, validate
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = ["the", "model", "reads", "a", "line", "and", "learns", "what", "follows", "naïve", "café", "模型", "größer"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 text files between 5 and 300 words long."""
+    folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(3)
+    for number in range(60):
+        text = " ".join(draw.choices(WORDS, k=draw.randint(5, 300)))
+        (folder / f"{number:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config as plain data: a 2-layer Llama on the corpus. Prepared data are shared by the whole test run."""
+    shared = tmp_path_factory.mktemp("shared")
+    return {
+        "run": {"name": "tiny", "storage": str(shared / "runs")},
+        "data": {
+            "source": str(corpus),
+            "seq_len": 32,
+            "eval_fraction": 0.2,
+            "tokenizer": {"vocab_size": 300},
+            "prepared": str(shared / "prepared"),
+        },
+        "model": {"arch": "llama", "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "warmup_steps": 2, "report_every": 1},
+        "zero": {"stage": 2},
+        "workers": {"count": 2},
+        "checkpoint": {"every": 2, "keep": 2},
+        "eval": {"every": 2, "samples": 8},
+        "registry": str(shared / "registry"),
+    }
+
+
+def altered(raw: dict[str, Any], storage: Path | None = None, **sections: dict[str, Any]) -> Config:
+    """The config with some keys of some sections replaced, its run in ``storage``."""
+    changed = {
+        name: {**value, **sections.pop(name, {})} if isinstance(value, dict) else value for name, value in raw.items()
+    }
+    changed |= sections
+    if storage is not None:
+        changed["run"] = {**changed["run"], "storage": str(storage)}
+    return validate(changed)
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny: dict[str, Any]) -> str:
+    """The place of the corpus, prepared."""
+    from raymodels.data.prepare import prepare
+
+    return prepare(altered(tiny)).place
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights and the corpus's byte-level BPE, in Hugging Face layout; 256 positions."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = AutoTokenizer.from_pretrained(Path(prepared) / "tokenizer")
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Any:
+    """The test run's one local Ray, with room for more logical CPUs than the machine has."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,169 @@
+"""What a checkpoint promises: it resumes exactly, exports exactly, and is refused when anything about it is wrong."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymodels import manifest, storage
+from raymodels.checkpoint import layout
+from raymodels.checkpoint.export import export
+from raymodels.config import Config
+from raymodels.errors import CheckpointError, IntegrityError
+from raymodels.testing import run_ranks
+from raymodels.train.meter import Phases
+from tests.conftest import altered
+
+WORKERS = 2
+
+
+def trained(config: Config, prepared: str, steps: int) -> list[float]:
+    """Losses of the run up to ``steps``, which is where the process ends; the schedule still spans all its steps."""
+    from raymodels.train import loop
+
+    class Ended(Exception):
+        pass
+
+    losses: list[float] = []
+
+    def report(metrics: dict[str, Any]) -> None:
+        losses.append(metrics["loss"])
+        if metrics["step"] == steps:
+            raise Ended
+
+    phases = Phases()
+    session = loop.open_session(config, prepared, 0, phases)
+    with suppress(Ended):
+        loop.train(session, phases, report)
+    return losses
+
+
+def final_logits(config: Config, prepared: str) -> torch.Tensor:
+    """Train to the end; the trainer's own logits on one fixed line of tokens."""
+    from raymodels.train import loop
+
+    phases = Phases()
+    session = loop.open_session(config, prepared, 0, phases)
+    loop.train(session, phases, lambda metrics: None)
+    session.engine.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = session.engine(input_ids=PROBE).logits
+    return logits.float()
+
+
+PROBE = torch.arange(10, 42).unsqueeze(0)
+
+
+def attempt(config: Config, prepared: str) -> str:
+    from raymodels.train import loop
+
+    try:
+        loop.open_session(config, prepared, 0, Phases())
+    except (CheckpointError, IntegrityError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "opened"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resumes_exactly(tiny: dict[str, Any], prepared: str, tmp_path: Path, stage: int) -> None:
+    settings = {"zero": {"stage": stage}, "train": {"steps": 6}, "model": {"dropout": 0.1}}
+    whole = altered(tiny, tmp_path / "whole", **settings)
+    undisturbed = run_ranks(trained, WORKERS, whole, prepared, 6)[0]
+    broken = altered(tiny, tmp_path / "broken", **settings)
+    before = run_ranks(trained, WORKERS, broken, prepared, 5)[0]  # committed after step 4, died after step 5
+    after = run_ranks(trained, WORKERS, broken, prepared, 6)[0]
+    assert before == undisturbed[:5]
+    assert after == undisturbed[4:]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arch"),
+    [(0, "llama"), (1, "llama"), (2, "llama"), (3, "llama"), (2, "gpt2"), (3, "gpt2"), (2, "qwen3"), (2, "qwen2")],
+)
+def test_exports_what_was_trained(tiny: dict[str, Any], prepared: str, tmp_path: Path, stage: int, arch: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    heads = {"kv_heads": None} if arch == "gpt2" else {}
+    config = altered(tiny, tmp_path, zero={"stage": stage}, model={"arch": arch, **heads})
+    logits = run_ranks(final_logits, WORKERS, config, prepared)[0]
+    folder = export(layout.open_checkpoint(config.place), tmp_path / "exported", shard_bytes=20_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        served = AutoModelForCausalLM.from_pretrained(folder)(input_ids=PROBE).logits
+    assert torch.allclose(served, logits, atol=1e-5)
+    text = "naïve café 模型"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_starting_from_a_directory_gives_its_weights_at_every_stage(
+    tiny: dict[str, Any], tiny_model_dir: Path, prepared: str, tmp_path: Path
+) -> None:
+    curves = []
+    for stage in (0, 3):
+        raw = {**tiny, "model": {"from": str(tiny_model_dir)}}
+        config = altered(raw, tmp_path / str(stage), zero={"stage": stage}, train={"lr": 1e-3})
+        curves.append(run_ranks(trained, WORKERS, config, prepared, 4)[0])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: dict[str, Any], prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of six steps with checkpoints after 2, 4 and 6, of which two are kept."""
+    config = altered(tiny, tmp_path_factory.mktemp("kept"), train={"steps": 6})
+    run_ranks(trained, WORKERS, config, prepared, 6)
+    return config
+
+
+def test_retention_keeps_the_newest(run: Config) -> None:
+    assert [checkpoint.step for checkpoint in layout.committed(run.place)] == [4, 6]
+    assert storage.list_names(f"{run.place}/checkpoints") == ["step-00000004", "step-00000006"]
+    state = layout.open_checkpoint(run.place).state()
+    assert (state.step, state.world_size, state.zero_stage) == (6, WORKERS, 2)
+    assert set(state.metrics) >= {"loss", "eval_loss", "tokens_per_second", "grad_norm"}
+
+
+def test_a_save_without_a_manifest_does_not_exist(run: Config) -> None:
+    torn = layout.step_place(run.place, 8)
+    storage.write_bytes(f"{torn}/zero/part.pt", b"half")
+    newest = layout.latest(run.place)
+    assert newest and newest.step == 6
+    with pytest.raises(CheckpointError, match="not a committed checkpoint"):
+        layout.open_checkpoint(torn)
+    assert layout.sweep(run.place) == [torn]
+    assert not storage.exists(torn)
+
+
+def test_another_number_of_workers_is_refused_with_both_named(run: Config, prepared: str) -> None:
+    other = run.model_copy(update={"workers": run.workers.model_copy(update={"count": 1})})
+    [answer] = run_ranks(attempt, 1, other, prepared)
+    assert answer.startswith("CheckpointError")
+    assert "2 workers at ZeRO stage 2" in answer
+    assert "workers.count" in answer
+
+
+def test_one_changed_byte_is_found_by_every_rank_and_by_export(run: Config, prepared: str, tmp_path: Path) -> None:
+    place = layout.open_checkpoint(run.place).place
+    file = max(manifest.read(place), key=lambda name: manifest.read(place)[name]["size"])
+    path = storage.local_path(storage.join(place, file))
+    original = path.read_bytes()
+    path.write_bytes(original[:1000] + bytes([original[1000] ^ 1]) + original[1001:])
+    try:
+        for answer in run_ranks(attempt, WORKERS, run, prepared):
+            assert answer.startswith("IntegrityError")
+            assert file in answer
+        with pytest.raises(IntegrityError, match=file):
+            export(layout.open_checkpoint(run.place), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    finally:
+        path.write_bytes(original)
+
+
+def test_export_refuses_a_folder_that_is_not_empty(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(layout.open_checkpoint(run.place), tmp_path)

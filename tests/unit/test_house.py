@@ -1,0 +1,92 @@
+"""The direction of every dependency, read from the imports with `ast`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "raymodels"
+
+# Layers from the ground up; a room may use its own layer's rooms only where the list of pairs below says so.
+LAYERS = [
+    ["errors"],
+    ["config", "storage"],
+    ["manifest"],
+    ["data", "models", "tasks"],
+    ["checkpoint"],
+    ["registry"],
+    ["publish", "cluster"],
+    ["train", "serve", "answers", "protocol", "client", "jobs", "submit", "doctor", "display"],
+    ["cli", "testing", "__init__"],
+]
+SIDEWAYS = {("client", "protocol"), ("client", "answers"), ("protocol", "answers")}
+HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
+# What may be imported as a module is loaded, by the rooms that someone without torch or ray uses.
+LIGHT = ["config", "errors", "storage", "manifest", "registry", "client", "protocol", "cli", "submit", "doctor", "jobs"]
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets"}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= set(whole) if node.module == "raymodels" else {node.module}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_dependencies_point_one_way(path: Path) -> None:
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        if not module.startswith("raymodels") or module == "raymodels":
+            continue
+        there = room(module)
+        allowed = there == here or HEIGHT[there] < HEIGHT[here] or (here, there) in SIDEWAYS
+        assert allowed, f"{path.name} imports {module}: {here} may not depend on {there}"
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms <= set(HEIGHT), f"new rooms: {rooms - set(HEIGHT)}"
+
+
+def test_train_and_serve_meet_only_at_the_checkpoint() -> None:
+    for ours, theirs in (("train", "serve"), ("serve", "train")):
+        for path in (PACKAGE / ours).rglob("*.py"):
+            assert not any(module.startswith(f"raymodels.{theirs}") for module in imports(path)), path
+
+
+def test_deepspeeds_keys_are_written_in_one_file() -> None:
+    for path in FILES:
+        if path.name != "zero.py":
+            assert "zero_optimization\"" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_rooms_load_neither_torch_nor_ray(name: str) -> None:
+    code = f"import sys, raymodels.{name}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == []
+
+
+def test_no_module_is_named_for_nothing() -> None:
+    assert not [path for path in FILES if path.stem in {"utils", "helpers", "common", "misc"}]
