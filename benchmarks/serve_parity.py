@@ -1,0 +1,127 @@
+"""What is served is what was exported: log-probabilities against transformers, streamed text against unstreamed.
+
+The bars: the log-probability of every prompt token within 1e-4 of transformers' on the exported directory, and no
+difference between streamed and unstreamed text in 50 prompts with characters of several bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.report import Bar, quick, report
+from raymodels.config import ServeConfig, validate
+from raymodels.registry import Registry
+from raymodels.serve.deploy import deploy
+
+WORDS = ["def ", "return ", "größer ", "naïve ", "日本語 ", "🙂", "👍🏽", "for x in ", "Ω", "\n    ", "模型 "]
+PROMPTS = 50
+
+
+def export(folder: Path, hidden: int, layers: int) -> None:
+    """A Llama with random weights and a byte-level tokenizer trained on Python's own json package."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    sources = sorted((Path(sysconfig.get_path("stdlib")) / "json").glob("*.py"))
+    tokenizer.train_from_iterator((source.read_text() for source in sources), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+
+
+def prompts() -> list[str]:
+    draw = random.Random(7)
+    return ["".join(draw.choices(WORDS, k=draw.randint(1, 40))) for _ in range(PROMPTS)]
+
+
+def logprob_differences(http: httpx.Client, folder: Path) -> list[float]:
+    """|served - transformers| for every token but the first of every prompt."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    differences = []
+    for prompt in prompts():
+        answer = ask(http, prompt=prompt, max_tokens=0, echo=True, logprobs=0)
+        served = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+        ids = tokenizer(prompt).input_ids
+        with torch.inference_mode():
+            rows = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        expected = rows[range(len(ids) - 1), ids[1:]].tolist()
+        differences += [abs(a - b) for a, b in zip(served, expected, strict=True)]
+    return differences
+
+
+def stream_mismatches(http: httpx.Client, max_tokens: int) -> int:
+    fields = {"max_tokens": max_tokens, "temperature": 0}
+    return sum(
+        ask(http, prompt=prompt, **fields)["choices"][0]["text"] != streamed(http, prompt=prompt, **fields)
+        for prompt in prompts()
+    )
+
+
+def ask(http: httpx.Client, **fields: Any) -> Any:
+    return http.post("/v1/completions", json={"model": "parity", **fields}).raise_for_status().json()
+
+
+def streamed(http: httpx.Client, **fields: Any) -> str:
+    with http.stream("POST", "/v1/completions", json={"model": "parity", "stream": True, **fields}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+
+def main() -> int:
+    hidden, layers, max_tokens = (64, 2, 24) if quick() else (256, 6, 64)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, registry = Path(temporary) / "export", Path(temporary) / "registry"
+        export(folder, hidden, layers)
+        Registry(str(registry)).publish("parity", str(folder), {})
+        # Chunks shorter than the prompts: a prompt computed in one piece would be the very computation compared with.
+        model = {"model": "parity", "engine": {"prefill_chunk": 32}}
+        raw = {"registry": str(registry), "models": [model], "http": {"port": 0}}
+        start = time.perf_counter()
+        with deploy(validate(raw, ServeConfig)) as endpoint, httpx.Client(base_url=endpoint.url, timeout=120) as http:
+            ready = time.perf_counter() - start
+            differences, mismatches = logprob_differences(http, folder), stream_mismatches(http, max_tokens)
+    rows = [
+        {
+            "comparison": "prompt logprobs, served and transformers",
+            "cases": len(differences),
+            "worst": max(differences),
+        },
+        {"comparison": "text, streamed and unstreamed", "cases": PROMPTS, "worst": float(mismatches)},
+        {"comparison": "seconds until the endpoint was ready", "cases": 1, "worst": ready},
+    ]
+    bars = [
+        Bar("served_logprob_difference", max(differences), "<=", 1e-4),
+        Bar("stream_mismatches", mismatches, "==", 0),
+    ]
+    return report("serve_parity", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

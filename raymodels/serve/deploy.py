@@ -1,0 +1,232 @@
+"""From a config to an endpoint: every model version as an application of its own, and the gateway in front of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import ray
+from ray import serve
+from ray.serve.api import RunTarget
+
+from raymodels import storage
+from raymodels.config import ModelServeConfig, ServeConfig, load
+from raymodels.errors import ConfigError, ServeError
+from raymodels.registry import Registry, Version
+from raymodels.serve.gateway import Gateway
+from raymodels.serve.replica import ModelDeployment
+from raymodels.serve.routing import Route
+
+GATEWAY = "gateway"
+POLL_S = 0.25
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint. Used as a context manager, it closes at the end."""
+
+    url: str
+    models: dict[str, str]
+    """Model name -> the version behind it, as NAME@3."""
+    applications: list[str]
+    owns_serve: bool
+    owns_ray: bool
+
+    def wait(self) -> None:
+        """Block until the process is interrupted.
+
+        Raises:
+            ServeError: an application of the endpoint has failed.
+        """
+        while True:
+            _raise_failed(self.applications)
+            time.sleep(5)
+
+    def close(self) -> None:
+        """Delete the endpoint's applications, and end whatever was started for it."""
+        if self.owns_serve:
+            serve.shutdown()
+        else:
+            for name in self.applications:
+                serve.delete(name)
+        if self.owns_ray:
+            ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def deploy(config: ServeConfig) -> Endpoint:
+    """Serve the models of a config; returns when all of them answer.
+
+    Every model version becomes the Serve application NAME--vN. Uses the Ray and the Serve that are there, else starts
+    them: Ray on the cluster that RAY_ADDRESS names, or on this machine. A Serve has one gateway: deploying to one that
+    has it already replaces its table, once the new models run; if they do not, what ran before is left as it was.
+
+    Raises:
+        RegistryError: a model, version or alias is unknown.
+        IntegrityError: a file of a version differs from its checksum; names it.
+        ServeError: the endpoint is not ready within ``start_timeout_s``; says which part and why.
+    """
+    versions = {model.public_name: _verified(config, model) for model in config.models}
+    targets = [
+        RunTarget(_replicas(config, model, versions[model.public_name]), name=_name(version), route_prefix=None)
+        for model, version in zip(config.models, versions.values(), strict=True)
+    ]
+    table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
+    gateway = RunTarget(_gateway(config).bind(config.http, table), name=GATEWAY, route_prefix="/")
+    owns_ray, owns_serve = _connect(), not serve.status().proxies
+    present = set(serve.status().applications)
+    endpoint = Endpoint(
+        url=_start_http(config) if owns_serve else _running_url(),
+        models={name: version.reference for name, version in versions.items()},
+        applications=[*dict.fromkeys(target.name for target in targets), GATEWAY],
+        owns_serve=owns_serve,
+        owns_ray=owns_ray,
+    )
+    deadline = time.monotonic() + config.start_timeout_s
+    try:
+        # A gateway that is already there keeps its table until the new models answer.
+        for stage in [[*targets, gateway]] if GATEWAY not in present else [targets, [gateway]]:
+            serve.run_many(_distinct(stage), wait_for_applications_running=False)
+            _wait_until_running([target.name for target in stage], deadline, config.start_timeout_s)
+    except BaseException:
+        endpoint.applications = [name for name in endpoint.applications if name not in present]
+        endpoint.close()
+        raise
+    return endpoint
+
+
+def application(args: dict[str, str]) -> serve.Application:
+    """The gateway and all models of a config as one Serve application, for ``import_path`` in KubeRay's serveConfigV2.
+
+    Its ``args`` are ``config``, the path of a serve config on the cluster.
+
+    A builder may return only one application, so here the models are deployments beside the gateway instead of
+    applications of their own: changing one redeploys what changed, and the gateway with its new table.
+    """
+    if args.keys() != {"config"}:
+        raise ConfigError(f"args of {__name__}:application must be config alone, not {sorted(args)}")
+    config = load(args["config"], root=ServeConfig)
+    table, bound = {}, {}
+    for model in config.models:
+        version = Registry(storage.absolute(config.registry)).resolve(model.model)
+        bound[_name(version)] = _replicas(config, model, version)
+        table[model.public_name] = Route({_name(version): 1.0})
+    return _gateway(config).bind(config.http, table, bound)
+
+
+def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:
+    version = Registry(storage.absolute(config.registry)).resolve(model.model)
+    version.verify()
+    return version
+
+
+def _name(version: Version) -> str:
+    return f"{version.name}--v{version.number}"
+
+
+def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) -> serve.Application:
+    engine, scaling = model.engine, model.autoscaling
+    threads = engine.threads or max(1, int(model.cpus))
+    deployment = ModelDeployment.options(
+        name=_name(version),
+        ray_actor_options={
+            "num_cpus": model.cpus,
+            "num_gpus": model.gpus,
+            # Read when torch is loaded; without it every replica would start a thread per core of the machine.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        },
+        # Twice what the engine holds, so that it is the engine which refuses: it counts choices, not requests.
+        max_ongoing_requests=2 * (engine.max_batch + engine.max_queue),
+        max_queued_requests=engine.max_queue,
+        autoscaling_config={
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+        },
+    )
+    return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads)
+
+
+def _gateway(config: ServeConfig) -> Any:
+    http = config.http
+    return cast(Any, Gateway).options(
+        name=GATEWAY,
+        num_replicas=http.gateway_replicas,
+        ray_actor_options={"num_cpus": http.gateway_cpus},
+        max_ongoing_requests=10_000,
+    )
+
+
+def _distinct(targets: list[RunTarget]) -> list[RunTarget]:
+    """Two names for one version share its application."""
+    return list({target.name: target for target in targets}.values())
+
+
+def _connect() -> bool:
+    """Make sure that Ray is there; true if this connected to it or started it."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+    else:
+        # A Ray of our own listens on this machine alone. Its default would write a token into the home folder.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(include_dashboard=False, log_to_driver=False)
+    return True
+
+
+def _start_http(config: ServeConfig) -> str:
+    host, port = config.http.host, config.http.port or _free_port(config.http.host)
+    # The gateway ends a request on time, with an answer in the right shape; the proxy only in case it could not.
+    timeout = config.http.request_timeout_s + 30
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
+    return _url(host, port)
+
+
+def _running_url() -> str:
+    options = serve.context._get_global_client().http_config
+    return _url(options.host, options.port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_running(names: list[str], deadline: float, timeout_s: float) -> None:
+    while waiting := _raise_failed(names):
+        if time.monotonic() > deadline:
+            raise ServeError(f"not ready after start_timeout_s {timeout_s:g}: {'; '.join(waiting)}")
+        time.sleep(POLL_S)
+
+
+def _raise_failed(names: list[str]) -> list[str]:
+    """Why each application is not running yet; raises if one never will be."""
+    applications, waiting = serve.status().applications, []
+    for name in names:
+        found = applications.get(name)
+        if found is None:
+            waiting.append(f"{name} is not deployed")
+        elif found.status != "RUNNING":
+            causes = [found.message, *(state.message for state in found.deployments.values())]
+            why = f"{name}: {' '.join(cause.strip() for cause in causes if cause) or found.status}"
+            if found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ServeError(why)
+            waiting.append(why)
+    return waiting

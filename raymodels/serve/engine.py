@@ -1,0 +1,142 @@
+"""The engine seam: token ids in, text and log-probabilities out. Knows neither HTTP nor Ray.
+
+An engine decodes many requests together. What it promises to every one of them: the same result as if it were alone,
+deltas in order, and its place freed within one step once nobody listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from raymodels.errors import RaymodelsError
+from raymodels.serve.text import Text
+
+Finish = Literal["stop", "length"]
+
+
+class InvalidRequest(RaymodelsError):
+    """A request that this engine can never serve; ``field`` is the part of it at fault."""
+
+    def __init__(self, message: str, field: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class QueueFull(RaymodelsError):
+    """As many requests wait as may; the same request succeeds later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt and what to make of it.
+
+    Args:
+        id: unique among the requests in flight; `Engine.abort` takes it.
+        tokens: the prompt, at least one token.
+        max_tokens: new tokens per choice; 0 only scores the prompt.
+        n: independent choices; choice ``i`` draws from ``sampling.seed + i``.
+        stop: strings that end a choice and are not part of its text.
+        logprobs: alternatives reported beside each new token; none reports no log-probabilities.
+        prompt_logprobs: the same for the tokens of the prompt.
+    """
+
+    id: str
+    tokens: list[int]
+    max_tokens: int
+    n: int = 1
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have stood here. ``raw`` holds its bytes: a token may be part of a character."""
+
+    id: int
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token and its natural log-probability under the model, before temperature and truncation.
+
+    ``logprob`` is none for a prompt's first token. ``offset`` counts characters from where its text began.
+    """
+
+    id: int
+    raw: bytes
+    logprob: float | None
+    offset: int
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice gained. Text arrives in whole characters and never holds a part of a stop string.
+
+    ``generated`` counts the tokens of the choice so far, ``prompt`` comes with the choice's first delta if asked for.
+    """
+
+    choice: int
+    text: str
+    generated: int
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+    prompt: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Choices running and requests queued now, and tokens since the start."""
+
+    running: int
+    queued: int
+    tokens_in: int
+    tokens_out: int
+
+
+class Engine(Protocol):
+    """What the layers above may ask of any engine."""
+
+    context: int
+    """Most tokens of prompt and output together."""
+    text: Text
+    """The model's tokenizer."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+        """Queue a request now; its deltas follow until every choice has finished. Closing the iterator aborts it.
+
+        Raises:
+            InvalidRequest: it can never be served.
+            QueueFull: it could be later.
+        """
+
+    async def score(self, tokens: list[int]) -> list[float]:
+        """The log-probability of each token but the first, given those before it."""
+
+    def abort(self, id: str) -> None:
+        """Give up a request and free its place within one step; does nothing if it has ended."""
+
+    def stats(self) -> EngineStats: ...
+
+    def check(self) -> None:
+        """Raise what ended the engine, if it has ended."""
+
+    def close(self) -> None:
+        """End the engine; requests in flight fail."""

@@ -1,0 +1,152 @@
+"""Between token ids and text: encoding prompts, decoding streams without ever cutting a character or a stop string."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from raymodels.errors import ServeError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8
+"""Tokens before a stream that its decoding starts from: some tokenizers drop a space where a text begins."""
+
+
+class Text:
+    """A model's tokenizer.
+
+    Raises:
+        ServeError: the tokenizer has no `tokenizers` backend, which decoding token by token needs.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ServeError(f"{type(tokenizer).__name__} is a slow tokenizer: export the model with a tokenizer.json")
+        self.backend = backend
+        self._tokenizer = tokenizer
+        self._byte_level = "ByteLevel" in repr(backend.decoder)
+        self._special = set(tokenizer.all_special_ids)
+        self.size = len(tokenizer)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            ValueError: it holds a lone surrogate, which is no character.
+        """
+        text.encode()  # UnicodeEncodeError is a ValueError; the tokenizer's own error would not say what is wrong
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins."""
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.encode(text, add_special_tokens=False)  # the template writes its own
+
+    @property
+    def start(self) -> int | None:
+        """The token that stands before an empty text."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return None
+
+    @property
+    def end(self) -> int | None:
+        token = self._tokenizer.eos_token_id
+        return None if token is None else int(token)
+
+    def raw(self, id: int) -> bytes:
+        """The bytes that a token stands for; they may be part of a character."""
+        piece = self._tokenizer.convert_ids_to_tokens(id) or ""  # a padded vocabulary has ids without a token
+        if id in self._special:
+            return piece.encode()
+        if self._byte_level:
+            table = _byte_of_character()
+            return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+@dataclass
+class TextStream:
+    """Decodes one choice token by token, holding back what may still change: a started character or stop string.
+
+    Once `stopped`, the text is complete and further tokens must not be pushed.
+    """
+
+    text: Text
+    prompt: Sequence[int] = ()
+    stops: tuple[str, ...] = ()
+    stopped: bool = False
+    decoded: int = field(default=0, init=False)
+    """Characters decoded so far, held back or not: where the next token's text begins."""
+    released: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        context = list(self.prompt[-CONTEXT:])
+        self._window = [] if REPLACEMENT in self.text.decode(context) else context
+        self._settle()
+        self._held = ""
+
+    def push(self, id: int) -> str:
+        """The text that is certain now."""
+        self._window.append(id)
+        text = self.text.decode(self._window)
+        if text.endswith(REPLACEMENT) or len(text) <= len(self._before):
+            return ""
+        fresh = text[len(self._before) :]
+        self._window = self._window[self._settled :]
+        self._settle()
+        return self._accept(fresh, last=False)
+
+    def flush(self) -> str:
+        """The rest, once no more tokens come; bytes that never became a character are replacement characters."""
+        if self.stopped:
+            return ""
+        return self._accept(self.text.decode(self._window)[len(self._before) :], last=True)
+
+    def _settle(self) -> None:
+        """From here on, the window's tokens are context: what they decode to has been taken."""
+        self._settled = len(self._window)
+        self._before = self.text.decode(self._window)
+
+    def _accept(self, fresh: str, last: bool) -> str:
+        self.decoded += len(fresh)
+        held = self._held + fresh
+        cut = min((at for stop in self.stops if (at := held.find(stop)) >= 0), default=None)
+        if cut is not None:
+            self.stopped = True
+            certain = held[:cut]
+        else:
+            certain = held if last else held[: len(held) - self._started_stop(held)]
+        self._held = held[len(certain) :]
+        self.released += len(certain)
+        return certain
+
+    def _started_stop(self, held: str) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        sizes = range(min(longest, len(held)), 0, -1)
+        return next((size for size in sizes if any(stop.startswith(held[-size:]) for stop in self.stops)), 0)
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes every byte as one printable character; this is the table back."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + position): byte for position, byte in enumerate(rest)}
+    return {chr(byte): byte for byte in printable} | shifted
