@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from raymodels.config import Config, ServeConfig, dump, load, to_yaml
 from raymodels.errors import RaymodelsError
+from raymodels.submit import Job
 
 app = typer.Typer(
     help="One config trains a Transformer with Ray Train and DeepSpeed ZeRO, registers the checkpoint and serves it.",
@@ -40,12 +41,10 @@ ModelName = Annotated[str | None, typer.Option("--model", help="Default: the onl
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line on stderr."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # what a command returns is its exit code, none is 0
     except RaymodelsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -253,7 +252,7 @@ def submit(
     address: Annotated[
         str | None, typer.Option(help="The cluster's dashboard, http://HOST:8265; default RAY_ADDRESS")
     ] = None,
-    job: Annotated[JobName, typer.Option(help="Which of jobs/ to run")] = "train",
+    job: Annotated[Job, typer.Option(help="Which of jobs/ to run")] = "train",
     wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's result")] = True,
 ) -> None:
     """Run a job of this working tree on a Ray cluster."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,6 +67,9 @@ def _lazy_weights(source: Path, stage: int) -> dict[str, Any]:
         [file] = (source / layout.ZERO).glob("mp_rank_*_model_states.pt")
         weights: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
         return weights
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading files needs no other, and the import asks for one
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(source), tag=layout.ZERO, lazy_mode=True)
     return lazy

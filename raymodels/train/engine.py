@@ -17,16 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from raymodels.config import Config, ModelConfig
 from raymodels.models.build import DTYPES, construct, initialize, load
-from raymodels.registry import PREFIX, Registry
 from raymodels.train import zero
-
-
-def starting_point(config: Config) -> ModelConfig:
-    """``config.model`` with a registry reference in ``from`` replaced by this host's verified copy of that version."""
-    if not (config.model.from_ or "").startswith(PREFIX):
-        return config.model
-    assert config.model.from_
-    return config.model.model_copy(update={"from_": Registry(config.registry).resolve(config.model.from_).fetch()})
 
 
 def join_process_group() -> None:
@@ -34,8 +25,8 @@ def join_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Told nothing, DeepSpeed probes every kernel with the compiler and builds one for collectives in CPU inference (over
-    # a minute, once). Training uses none of these; an offloaded optimizer's kernel is built without asking here.
+    # Told nothing, DeepSpeed probes every kernel with the compiler and builds one for collectives of CPU inference,
+    # which takes over a minute, once. Training uses none; an offloaded optimizer's kernel is built without asking here.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_init_required=False)
 

@@ -20,8 +20,8 @@ from raymodels.models.build import architecture
 from raymodels.publish import publish
 from raymodels.registry import PREFIX, Registry, Version
 from raymodels.train import zero
-from raymodels.train.engine import starting_point
 from raymodels.train.events import Event, Events
+from raymodels.train.origin import starting_point
 from raymodels.train.relay import relay
 from raymodels.train.worker import work
 

@@ -22,8 +22,9 @@ from raymodels.data.order import sample_ids, shard
 from raymodels.errors import TrainingError
 from raymodels.models.build import architecture, flops_per_token, parameter_count
 from raymodels.tasks import Task, task
-from raymodels.train.engine import join_process_group, make_engine, make_model, starting_point, write_assets
+from raymodels.train.engine import join_process_group, make_engine, make_model, write_assets
 from raymodels.train.meter import Meter, Phases, peak_memory_bytes
+from raymodels.train.origin import starting_point
 from raymodels.train.schedule import learning_rate
 
 Report = Callable[[dict[str, Any]], None]

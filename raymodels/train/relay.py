@@ -10,6 +10,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,26 +37,32 @@ class Relay(UserCallback):  # type: ignore[misc]
 
 @contextmanager
 def relay(on_report: Callable[[Event], None]) -> Iterator[Relay]:
-    """A `Relay` for a trainer, whose reports reach ``on_report`` in a thread of this process, all by the end."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A `Relay` for a trainer, whose reports reach ``on_report`` in a thread of this process, all by the end.
+
+    What ``on_report`` raises is raised again at the end.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         path = Path(folder) / "reports.jsonl"
         path.touch()
         finished = threading.Event()
-        reader = threading.Thread(target=_follow, args=(path, finished, on_report), daemon=True)
-        reader.start()
+        reader = pool.submit(_follow, path, finished, on_report)
         try:
             yield Relay(path)
         finally:
             finished.set()
-            reader.join()
+        reader.result()
 
 
 def _follow(path: Path, finished: threading.Event, on_report: Callable[[Event], None]) -> None:
     with path.open() as file:
+        begun = ""
         while True:
             ending = finished.is_set()  # asked before reading, so that the last lines are read after it
-            while line := file.readline():
-                on_report(json.loads(line))
+            while piece := file.readline():
+                begun += piece
+                if begun.endswith("\n"):  # else its writer is in the midst of it
+                    on_report(json.loads(begun))
+                    begun = ""
             if ending:
                 return
             finished.wait(POLL_SECONDS)

@@ -21,8 +21,7 @@ def work(job: dict[str, Any]) -> None:
     phases = Phases()
     phases.seconds["worker_start"] = time.time() - job["started"]
     config = validate(job["config"], Config)
-    if config.workers.gpus == 0:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides when it is imported
+    os.environ["DS_ACCELERATOR"] = "cuda" if config.workers.gpus else "cpu"  # DeepSpeed decides when it is imported
     with phases("imports"):
         import torch
 

@@ -30,6 +30,7 @@ OURS = {
     "scheduler": "train.schedule",
     "fp16": "train.precision",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
     "train_batch_size": "train.global_batch",
@@ -37,6 +38,15 @@ OURS = {
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
     "gradient_clipping": "train.clip_norm",
     "managed_gradient_accumulation": "train.global_batch and train.micro_batch",
+}
+# DeepSpeed also takes its stage3_ keys without that prefix, which are our names.
+OURS_IN_ZERO = {key: f"zero.{ours}" for ours, theirs in PASSED_ON.items() for key in (ours, theirs)} | {
+    "stage": "zero.stage",
+    "offload_optimizer": "zero.offload_optimizer",
+    "offload_param": "zero.offload_params",
+    "cpu_offload": "zero.offload_optimizer",
+    "cpu_offload_param": "zero.offload_params",
+    "cpu_offload_use_pin_memory": "zero.offload_optimizer.pin_memory and zero.offload_params.pin_memory",
 }
 
 
@@ -64,18 +74,15 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def _refuse_ours(raw: dict[str, Any]) -> None:
-    zero = {theirs: f"zero.{ours}" for ours, theirs in PASSED_ON.items()}
-    zero |= {
-        "stage": "zero.stage",
-        "offload_optimizer": "zero.offload_optimizer",
-        "offload_param": "zero.offload_params",
-    }
     for key in raw:
         if key in OURS:
             raise ConfigError(f"zero.raw.{key}: say it with {OURS[key]}")
-    for key in raw.get("zero_optimization", {}):
-        if key in zero:
-            raise ConfigError(f"zero.raw.zero_optimization.{key}: say it with {zero[key]}")
+    section = raw.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"zero.raw.zero_optimization is {section!r}, not a section; say its stage with zero.stage")
+    for key in section:
+        if key in OURS_IN_ZERO:
+            raise ConfigError(f"zero.raw.zero_optimization.{key}: say it with {OURS_IN_ZERO[key]}")
 
 
 def _optimizer(config: Config) -> dict[str, Any]:
