@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from raymodels.config import Config, ServeConfig, dump, load, to_yaml
-from raymodels.errors import RaymodelsError
+from raymodels.errors import ConfigError, RaymodelsError
 from raymodels.submit import Job
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ ModelName = Annotated[str | None, typer.Option("--model", help="Default: the onl
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line on stderr."""
     try:
-        sys.exit(app(standalone_mode=False))  # what a command returns is its exit code, none is 0
+        sys.exit(app(prog_name="raymodels", standalone_mode=False))  # it returns the exit code
     except RaymodelsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -178,13 +178,12 @@ def tag_model(
 @models.command("publish")
 def publish_model(config: ConfigPath, overrides: Overrides = []) -> None:
     """Publish the newest checkpoint of a config's run as its publish section says."""
-    from raymodels.checkpoint.layout import open_checkpoint
-    from raymodels.errors import ConfigError
-    from raymodels.publish import publish
-
     settings = load(config, overrides)
     if settings.publish is None:
         raise ConfigError("publish: missing; give publish.name")
+    from raymodels.checkpoint.layout import open_checkpoint
+    from raymodels.publish import publish
+
     print(publish(settings, open_checkpoint(settings.place)).reference)
 
 

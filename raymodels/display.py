@@ -74,16 +74,17 @@ class _Bars:
 
 
 class _Pace:
-    """Time left, from the steps and seconds since the first report of this start."""
+    """Time left, from the steps and seconds since the first report of this start; steps go back at a restart."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._since: tuple[int, float] | None = None
+        self._last = 0
 
     def left(self, report: Event) -> str | None:
-        if self._since is None:
+        if self._since is None or report["step"] <= self._last:
             self._since = (report["step"], time.monotonic())
-            return None
+        self._last = report["step"]
         step, start = self._since
         if report["step"] in (step, self._steps):
             return None

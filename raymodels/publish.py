@@ -33,7 +33,7 @@ def publish(config: Config, checkpoint: Checkpoint) -> Version:
         "checkpoint_digest": manifest.digest(checkpoint.place),
     }
     version = next(
-        (v for v in registry.versions(name) if v.card["checkpoint_digest"] == card["checkpoint_digest"]), None
+        (v for v in registry.versions(name) if v.card.get("checkpoint_digest") == card["checkpoint_digest"]), None
     )
     if version is None:
         with tempfile.TemporaryDirectory(prefix="raymodels-export-") as folder:

@@ -13,12 +13,14 @@ local disk, NFS, S3 and GCS alike, without locks.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
-import shutil
 import socket
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +67,8 @@ class Version:
             self.verify()
             return str(storage.local_path(self.model_place))
         cached = _cache() / f"{self.name}-{self.number}-{manifest.digest(self.place)[:12]}"
-        if not manifest.is_committed(str(cached)):
+        if not _is_whole(cached):
             _download(self.place, cached)
-        manifest.verify(str(cached))
         return str(cached / "model")
 
 
@@ -102,7 +103,7 @@ class Registry:
         _check_name(name)
         if not at:
             return self._newest(name)
-        if which.isdigit():
+        if which.isdecimal():
             return self._numbered(name, int(which))
         aliases = self.aliases(name)
         if which not in aliases:
@@ -116,9 +117,11 @@ class Registry:
 
         Raises:
             IntegrityError: the copy differs from the directory.
-            RegistryError: the name is not usable, or the directory holds no model.
+            RegistryError: the name or alias is not usable, or the directory holds no model.
         """
         _check_name(name)
+        if alias:
+            _check_alias(alias)
         source = manifest.describe(model_dir)
         if "config.json" not in source or not any(file.endswith(".safetensors") for file in source):
             raise RegistryError(f"{model_dir} is not a model: it needs config.json and .safetensors files")
@@ -145,9 +148,7 @@ class Registry:
         Raises:
             RegistryError: no such version, the alias is not a usable name, or it is not what was expected.
         """
-        _check_name(alias)
-        if alias.isdigit():
-            raise RegistryError(f"alias {alias!r} would read as a version number: use a word")
+        _check_alias(alias)
         self._numbered(name, number)
         while True:
             generation = self._alias_generation(name)
@@ -189,7 +190,7 @@ class Registry:
 
     def _numbers(self, name: str) -> list[int]:
         entries = storage.list_names(storage.join(self.place, name, "versions"))
-        return sorted(int(entry) for entry in entries if entry.isdigit())
+        return sorted(int(entry) for entry in entries if entry.isdecimal())
 
     def _version_place(self, name: str, number: int) -> str:
         return storage.join(self.place, name, "versions", str(number))
@@ -213,20 +214,47 @@ def _check_name(name: str) -> None:
         raise RegistryError(f"{name!r} is not a name: use lower-case letters, digits, '.', '_' and '-'")
 
 
+def _check_alias(alias: str) -> None:
+    _check_name(alias)
+    if alias.isdecimal():
+        raise RegistryError(f"alias {alias!r} would read as a version number: use a word")
+
+
 def _cache() -> Path:
     return Path(os.environ.get("RAYMODELS_CACHE", "~/.cache/raymodels")).expanduser() / "versions"
 
 
 def _download(place: str, target: Path) -> None:
-    """Copy beside the target and rename, so that processes which fetch at once do not see each other's parts."""
+    """Copy beside the target, compare and rename: processes that fetch at once do not see each other's parts."""
+    entries = manifest.read(place)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         whole = Path(temporary) / "version"
-        for file in [*manifest.read(place), manifest.FILE]:
+        for file in [*entries, manifest.FILE]:
             storage.copy_file(storage.join(place, file), str(whole / file))
+        for file, copied in manifest.describe(str(whole), entries).items():
+            if copied != entries[file]:
+                raise IntegrityError(f"{storage.join(place, file)} was changed: its checksum is not the recorded one")
+        _put(whole, target)
+
+
+def _put(whole: Path, target: Path) -> None:
+    while True:
         try:
             whole.rename(target)
-        except OSError:
-            if not manifest.is_committed(str(target)):
-                shutil.rmtree(target)  # a torn copy from an earlier crash
-                whole.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if _is_whole(target):  # another process was first
+            return
+        with contextlib.suppress(FileNotFoundError):  # a part, left by a crash; another process may mend it too
+            target.rename(whole.with_name(f"torn-{uuid.uuid4().hex}"))
+
+
+def _is_whole(copy: Path) -> bool:
+    try:
+        manifest.verify(str(copy))
+    except IntegrityError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """One way to read, write, list and atomically publish files: local disk, NFS, s3://, gs://.
 
 A place is a string: a path or a URI. The protocols are fsspec's; object stores need their driver installed
-(``pip install 's3fs'`` or ``'gcsfs'``). Two guarantees carry everything above this module:
+(``pip install 'raymodels[s3]'`` or ``'raymodels[gs]'``). Two guarantees carry everything above this module:
 
 - `write_bytes` is atomic: a reader sees the old content or the new, never a part.
 - `create` is atomic *and* exclusive: of several writers one wins and the others get `AlreadyExists`.
@@ -10,6 +10,7 @@ A place is a string: a path or a URI. The protocols are fsspec's; object stores 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,12 +35,12 @@ def is_local(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     assert is_local(uri), uri
-    return Path(uri.removeprefix("file://"))
+    return Path(uri.removeprefix("file://")).expanduser()
 
 
 def absolute(uri: str) -> str:
     """The place with a relative local path made absolute, so that it means the same in every process."""
-    return str(local_path(uri).expanduser().absolute()) if is_local(uri) else uri.rstrip("/")
+    return str(local_path(uri).absolute()) if is_local(uri) else uri.rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -60,14 +61,17 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # Listings of object stores are never cached: another process may have written since.
         options = {} if is_local(uri) else {"use_listings_cache": False}
         fs, path = url_to_fs(uri, **options)
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"cannot open {uri}: {error}") from error
+    except ImportError as error:
+        raise StorageError(f"cannot open {uri}: {error} (pip install 'raymodels[s3]' or 'raymodels[gs]')") from error
+    except ValueError as error:
+        raise StorageError(f"cannot open {uri}: {error}; use a path, s3:// or gs://") from error
     return fs, path
 
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    with _named("look for", uri):
+        return bool(fs.exists(path))
 
 
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
@@ -77,18 +81,17 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
         StorageError: the file is missing or cannot be opened.
     """
     fs, path = filesystem(uri)
-    try:
+    with _named("open", uri):
         if "r" not in mode and is_local(uri):
             os.makedirs(posixpath.dirname(path), exist_ok=True)
         handle: IO[Any] = fs.open(path, mode)
         return handle
-    except OSError as error:
-        raise StorageError(f"cannot open {uri}: {error}") from error
 
 
 def read_bytes(uri: str) -> bytes:
-    with open_file(uri) as file:
-        data: bytes = file.read()
+    fs, path = filesystem(uri)
+    with _named("read", uri):
+        data: bytes = fs.cat_file(path)  # one request: an opened object that is replaced meanwhile cannot be read on
         return data
 
 
@@ -101,14 +104,19 @@ def read_json(uri: str) -> Any:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Replace one file atomically; on return it survives a power cut."""
-    if is_local(uri):
+    fs, remote = filesystem(uri)
+    with _named("write", uri):
+        if not is_local(uri):
+            fs.pipe_file(remote, data)
+            return
         path = local_path(uri)
         temporary = _write_beside(path, data)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink()
+            raise
         sync_folder(path.parent)
-    else:
-        fs, remote = filesystem(uri)
-        fs.pipe_file(remote, data)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -125,41 +133,36 @@ def create(uri: str, data: bytes) -> None:
     Raises:
         AlreadyExists: somebody else has created it; its content is whole.
     """
-    try:
+    fs, remote = filesystem(uri)
+    with _named("create", uri):
         if is_local(uri):
-            path = local_path(uri)
-            temporary = _write_beside(path, data)
-            try:
-                os.link(temporary, path)  # unlike rename, link fails where the name is taken; also over NFS
-            finally:
-                temporary.unlink()
-            sync_folder(path.parent)
-        else:
-            fs, remote = filesystem(uri)
+            _link(_write_beside(local_path(uri), data), local_path(uri))
+            return
+        try:
             fs.pipe_file(remote, data, mode="create")  # a conditional PUT on S3 and GCS
-    except FileExistsError as error:
-        raise AlreadyExists(f"{uri} already exists") from error
+        except FileExistsError as error:
+            raise AlreadyExists(f"{uri} already exists") from error
 
 
 def append(uri: str, data: bytes) -> None:
     """Add to the end of a file with one writer. Object stores rewrite it, so keep it small there."""
-    with open_file(uri, "ab") as file:
+    with _named("append to", uri), open_file(uri, "ab") as file:
         file.write(data)
 
 
 def list_names(uri: str) -> list[str]:
     """The names of the files and folders directly in a place, sorted; none if it does not exist."""
     fs, path = filesystem(uri)
-    try:
+    with _named("list", uri), contextlib.suppress(FileNotFoundError):
         return sorted(name(entry) for entry in fs.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
+    return []
 
 
 def walk(uri: str) -> dict[str, int]:
     """Every file below a place: path relative to it -> size in bytes, sorted by path."""
     fs, root = filesystem(uri)
-    found = fs.find(root, detail=True)
+    with _named("list", uri):
+        found = fs.find(root, detail=True)
     root = root.rstrip("/") + "/"
     return {path.removeprefix(root): info["size"] for path, info in sorted(found.items())}
 
@@ -167,12 +170,13 @@ def walk(uri: str) -> dict[str, int]:
 def delete(uri: str) -> None:
     """Remove a file or folder with all it holds; nothing happens if it is not there."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with _named("delete", uri):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
 
 
 def copy_file(source: str, target: str) -> None:
-    with open_file(source) as reader, open_file(target, "wb") as writer:
+    with _named("copy", f"{source} to {target}"), open_file(source) as reader, open_file(target, "wb") as writer:
         shutil.copyfileobj(reader, writer, CHUNK)
 
 
@@ -199,20 +203,41 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_beside(path: Path, data: bytes) -> Path:
+@contextlib.contextmanager
+def _named(doing: str, place: str) -> Iterator[None]:
+    """Turn what goes wrong into a `StorageError` that names the place."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        # Drivers of object stores also raise their own libraries' errors, which are no OSErrors.
+        if is_local(place) and not isinstance(error, OSError):
+            raise
+        raise StorageError(f"cannot {doing} {place}: {error or type(error).__name__}") from error
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return temporary
 
 
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike rename, link fails where the name is taken; also over NFS
+    except FileExistsError as error:
+        raise AlreadyExists(f"{path} already exists") from error
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
 def _pieces(uri: str) -> Iterator[bytes]:
-    with open_file(uri) as file:
+    with _named("read", uri), open_file(uri) as file:
         while piece := file.read(CHUNK):
             yield piece

@@ -34,6 +34,8 @@ def architecture(model: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: i
         config = AutoConfig.from_pretrained(model.from_)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.from {model.from_}: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"model.from {model.from_} is a {config.model_type}, not a causal language model")
     if config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.from {model.from_} has {config.vocab_size} embeddings, the tokenizer {vocab_size} tokens: "

@@ -188,6 +188,8 @@ def _fit(config: Config, prepared: Prepared, on_event: Callable[[Event], None], 
             trainer.fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
+        except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
+            raise KeyboardInterrupt from error
     return merged
 
 

@@ -58,7 +58,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start_head(token: str, folder: str) -> tuple[subprocess.Popen[bytes], str]:
+def start_head(token: str, folder: str, cpus: int = 1) -> tuple[subprocess.Popen[bytes], str]:
     names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
     names += ["runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
@@ -67,7 +67,7 @@ def start_head(token: str, folder: str) -> tuple[subprocess.Popen[bytes], str]:
         [
             *[str(bin_folder / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"],
             *[f"--{name}={port}" for name, port in ports.items()],
-            *["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=1", "--object-store-memory=100000000"],
+            *["--min-worker-port=0", "--max-worker-port=0", f"--num-cpus={cpus}", "--object-store-memory=100000000"],
             f"--temp-dir={folder}",
         ],
         env={

@@ -93,7 +93,9 @@ def test_a_run_starts_from_a_version_pinned_to_its_number(finished: Any, tiny: d
 def test_a_killed_worker_ends_the_run_and_the_next_start_resumes(tiny: dict[str, Any], tmp_path: Path) -> None:
     from raymodels.train.launch import train
 
-    config = altered(tiny, tmp_path, train={"steps": 400}, checkpoint={"every": 5}, eval={"every": 400})
+    steps = 100
+    often = {"checkpoint": {"every": 5}, "eval": {"every": steps}}
+    config = altered(tiny, tmp_path, train={"steps": steps, "report_every": steps}, **often)
 
     def kill_one_after_two_checkpoints() -> None:
         while len(layout.committed(config.place)) < 2:
@@ -106,10 +108,10 @@ def test_a_killed_worker_ends_the_run_and_the_next_start_resumes(tiny: dict[str,
         train(config)
     killer.join()
     newest = layout.latest(config.place)
-    assert newest and 0 < newest.step < 400
+    assert newest and 0 < newest.step < steps
     events: list[dict[str, Any]] = []
     resumed = train(config, events.append)
-    assert resumed.checkpoint.step == 400
+    assert resumed.checkpoint.step == steps
     [started] = [event for event in events if event["kind"] == "started"]
     assert started["resumed_from_step"] == newest.step
 
@@ -125,14 +127,6 @@ def test_workers_that_never_fit_are_an_error_after_a_bounded_wait(tiny: dict[str
     assert time.monotonic() - began < 15
     assert [event for event in events if event["kind"] == "notice"]
     assert layout.latest(config.place) is None
-
-
-def test_a_diverged_run_says_so(tiny: dict[str, Any], tmp_path: Path) -> None:
-    from raymodels.train.launch import train
-
-    config = altered(tiny, tmp_path, train={"steps": 30, "lr": 1e25, "warmup_steps": 0, "clip_norm": 0.0})
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+: lower train\.lr"):
-        train(config)
 
 
 def _train_workers() -> set[int]:

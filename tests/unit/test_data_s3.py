@@ -1,10 +1,6 @@
 import json
-import uuid
 
-import fsspec
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
 
 from raymodels import storage
 from raymodels.config import Config, validate
@@ -13,25 +9,6 @@ from raymodels.data.prepare import prepare
 from raymodels.errors import DataError, IntegrityError
 
 TEXTS = [f"row {number} " + "word " * (number % 40) for number in range(200)]
-
-
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """A new bucket on a real S3 server."""
-    name = f"bucket-{uuid.uuid4().hex}"
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("RAYMODELS_CACHE", str(tmp_path / "cache"))
-    s3fs.S3FileSystem.clear_instance_cache()
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
-    yield f"s3://{name}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def config(source: str, prepared: str) -> Config:

@@ -78,7 +78,7 @@ def test_train_and_serve_meet_only_at_the_checkpoint() -> None:
 def test_deepspeeds_keys_are_written_in_one_file() -> None:
     for path in FILES:
         if path.name != "zero.py":
-            assert "zero_optimization\"" not in path.read_text(), path
+            assert 'zero_optimization"' not in path.read_text(), path
 
 
 @pytest.mark.parametrize("name", LIGHT)

@@ -1,28 +1,17 @@
-"""Every setting, as frozen pydantic models. Imports neither torch nor ray.
-
-`Config` describes a training run, `ServeConfig` an endpoint. Both are read by `load` from YAML with dotted overrides.
-Every default and its meaning stands here and nowhere else; unknown keys are errors that name the nearest right one.
-"""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from raymodels.errors import ConfigError
+from raymodels.config.section import Name, Positive, Section
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$", max_length=100)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+# Where things lie, not what they are: may differ between two starts of one run.
+PLACES: dict[str, Any] = {"run": {"storage"}, "data": {"prepared"}, "registry": True, "publish": True}
 
 
 class RunConfig(Section):
@@ -97,6 +86,8 @@ class ModelConfig(Section):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.arch == "gpt2" and self.kv_heads not in (None, self.heads):
             raise ValueError("arch gpt2 has no grouped-query attention: remove kv_heads")
+        if self.arch == "gpt2" and "rope_theta" in given:
+            raise ValueError("arch gpt2 learns its positions: remove rope_theta")
         return self
 
 
@@ -259,214 +250,10 @@ class Config(Section):
         """The run directory."""
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"
 
+    def meaning(self) -> dict[str, Any]:
+        """The part that shapes the result, as plain data; places do not."""
+        return self.model_dump(mode="json", by_alias=True, exclude=PLACES)
+
     def digest(self) -> str:
-        """SHA-256 of everything that shapes the result; places do not."""
-        return hashlib.sha256(json.dumps(meaning(self), sort_keys=True).encode()).hexdigest()
-
-
-class AutoscalingConfig(Section):
-    min_replicas: int = Field(1, ge=0)
-    max_replicas: Positive = 1
-    target_ongoing_requests: float = Field(8, gt=0, description="requests in flight per replica that scaling aims at")
-    upscale_delay_s: float = Field(10, ge=0)
-    downscale_delay_s: float = Field(300, ge=0)
-
-    @model_validator(mode="after")
-    def _order(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
-        return self
-
-
-class EngineConfig(Section):
-    """How one replica turns tokens into tokens."""
-
-    max_batch: Positive = Field(32, description="sequences decoded together")
-    max_context: Positive | None = Field(None, description="tokens of prompt plus output; default: the model's")
-    max_queue: Positive = Field(256, description="requests waiting for a place in the batch; more are answered 429")
-    prefill_chunk: Positive = Field(512, description="prompt tokens computed between two decode steps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
-    threads: Positive | None = Field(None, description="CPU threads of a replica; default: its cpus")
-
-
-class ModelServeConfig(Section):
-    """One model version as a group of replicas."""
-
-    model: str = Field(description="NAME, NAME@3 or NAME@alias in the registry")
-    served_as: str | None = Field(None, description="the model name that clients use; default: NAME")
-    cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
-    engine: EngineConfig = EngineConfig()
-    autoscaling: AutoscalingConfig = AutoscalingConfig()
-
-    @property
-    def public_name(self) -> str:
-        return self.served_as or self.model.partition("@")[0]
-
-
-class HttpConfig(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, lt=65536)
-    max_body_bytes: Positive = 8 << 20
-    request_timeout_s: float = Field(600, gt=0)
-    gateway_replicas: Positive = 1
-    gateway_cpus: float = Field(0.1, gt=0)
-
-
-class ServeConfig(Section):
-    """An endpoint: a gateway and the model versions behind it."""
-
-    registry: str = "./registry"
-    models: list[ModelServeConfig] = Field(min_length=1)
-    http: HttpConfig = HttpConfig()
-    start_timeout_s: float = Field(600, gt=0, description="how long all first replicas may take to become ready")
-
-    @model_validator(mode="after")
-    def _unique(self) -> Self:
-        names = [model.public_name for model in self.models]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"models: {', '.join(twice)} is served twice: set served_as")
-        return self
-
-
-Root = TypeVar("Root", Config, ServeConfig)
-
-# Where things lie, not what they are: may differ between two starts of one run.
-PLACES = {"run": {"storage"}, "data": {"prepared"}, "registry": True, "publish": True}
-
-
-def load(path: str | Path, overrides: list[str] | None = None, root: type[Root] = Config) -> Root:  # type: ignore[assignment]
-    """Read a YAML config and apply ``a.b=value`` overrides, whose values are YAML too.
-
-    Raises:
-        ConfigError: the file cannot be read, an override has no ``=``, or a setting is wrong; names each setting.
-    """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config {path}: {error}") from error
-    raw = _mapping(text, str(path))
-    for override in overrides or []:
-        _apply(raw, override)
-    return validate(raw, root)
-
-
-def from_yaml(text: str, source: str) -> Config:
-    """A training config from YAML text; ``source`` is its name in errors."""
-    return validate(_mapping(text, source))
-
-
-def validate(raw: dict[str, Any], root: type[Root] = Config) -> Root:  # type: ignore[assignment]
-    """Check a config given as plain data, as `load` does."""
-    try:
-        return root.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_sentences(error, root))) from None
-
-
-def dump(config: BaseModel) -> dict[str, Any]:
-    """Plain data that `validate` reads back to an equal config. Unset optional settings are left out."""
-    return config.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def to_yaml(config: BaseModel) -> str:
-    return yaml.safe_dump(dump(config), sort_keys=False)
-
-
-def meaning(config: Config) -> dict[str, Any]:
-    """The part of a config that shapes the result."""
-    return config.model_dump(mode="json", by_alias=True, exclude=PLACES)  # type: ignore[arg-type]
-
-
-def difference(old: Config, new: Config) -> list[str]:
-    """What differs in meaning, one ``section.key: old -> new`` a line."""
-    before, after = _flat(meaning(old)), _flat(meaning(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _mapping(text: str, source: str) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read config {source}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config {source} must be a mapping of sections, not {type(raw).__name__}")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: write it as section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {error}") from error
-    if isinstance(value, str):
-        value = _number(value)
-    node: Any = raw
-    *parents, last = path.split(".")
-    for key in parents:
-        node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
-        if node is None or not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {key} is not a section")
-    if isinstance(node, list):
-        raise ConfigError(f"--set {override}: {parents[-1]} is a list: address an element, as in models.0.cpus=2")
-    node[last] = value
-
-
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-3 as a string; everyone who types it means the number.
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _sentences(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    sentences = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _keys_at(root, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-            sentences.append(f"{path}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            sentences.append(f"{path}: missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-            sentences.append(f"{path}: {message}{shown}" if path else f"{message}{shown}")
-    return sentences
-
-
-def _keys_at(model: Any, path: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at a path, following optional and list types."""
-    for key in path:
-        if isinstance(key, int):
-            continue
-        field = next(f for n, f in model.model_fields.items() if key in (n, f.alias))
-        model = _section_of(field.annotation)
-    return sorted(field.alias or name for name, field in model.model_fields.items())
-
-
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return (
-        next(found for part in annotation.__args__ if (found := _section_of(part)) is not None)
-        if hasattr(annotation, "__args__")
-        else None
-    )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+        """SHA-256 of the meaning."""
+        return hashlib.sha256(json.dumps(self.meaning(), sort_keys=True).encode()).hexdigest()

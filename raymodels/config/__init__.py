@@ -1,0 +1,51 @@
+"""Every setting, as frozen pydantic models. Imports neither torch nor ray.
+
+`Config` describes a training run, `ServeConfig` an endpoint. Both are read by `load` from YAML with dotted overrides.
+Every default and its meaning stands here and nowhere else; unknown keys are errors that name the nearest right one.
+"""
+
+from raymodels.config.files import from_yaml, load, to_yaml
+from raymodels.config.plain import difference, dump, validate
+from raymodels.config.serving import AutoscalingConfig, EngineConfig, HttpConfig, ModelServeConfig, ServeConfig
+from raymodels.config.training import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OffloadConfig,
+    PublishConfig,
+    RunConfig,
+    TaskConfig,
+    TokenizerConfig,
+    TrainConfig,
+    WorkersConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "AutoscalingConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "HttpConfig",
+    "ModelConfig",
+    "ModelServeConfig",
+    "OffloadConfig",
+    "PublishConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TaskConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WorkersConfig",
+    "ZeroConfig",
+    "difference",
+    "dump",
+    "from_yaml",
+    "load",
+    "to_yaml",
+    "validate",
+]
