@@ -36,7 +36,9 @@ def main() -> int:
 def show(trained: RunResult) -> None:
     """The figures of the run and where everything lies."""
     entropy, held_out = trained.prepared.unigram_entropy("eval"), trained.metrics["eval_loss"]
-    print(f"\nheld-out loss: {held_out:.3f} nats/token, {entropy - held_out:.3f} below the unigram entropy {entropy:.3f}")
+    print(
+        f"\nheld-out loss: {held_out:.3f} nats/token, {entropy - held_out:.3f} below the unigram entropy {entropy:.3f}"
+    )
     print(f"training: {trained.metrics['tokens_per_second']:,.0f} tokens/s")
     if trained.phases:
         phases = "  ".join(f"{name} {seconds:.1f}" for name, seconds in trained.phases.items())

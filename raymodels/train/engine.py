@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import tempfile
 import warnings
@@ -28,7 +29,21 @@ def join_process_group() -> None:
     # Told nothing, DeepSpeed probes every kernel with the compiler and builds one for collectives of CPU inference,
     # which takes over a minute, once. Training uses none; an offloaded optimizer's kernel is built without asking here.
     deepspeed.ops.__compatible_ops__ = {}
+    _import_muon_uncompiled()
     deepspeed.init_distributed(dist_init_required=False)
+
+
+def _import_muon_uncompiled() -> None:
+    """Spare every start torch's compiler: DeepSpeed imports its Muon optimizer, which compiles as it is imported.
+
+    That is 2 s a worker, for an optimizer that is not offered here.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compiler
 
 
 def make_model(config: Config, source: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -163,6 +164,8 @@ def _fit(config: Config, prepared: Prepared, on_event: Callable[[Event], None], 
         merged.update(report)
         on_event({"kind": "report", **report})
 
+    # A process of Ray's that tells of preemptions, to which nothing listens yet.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     job = {"config": dump(config), "prepared": prepared.place, "started": time.time(), "evaluate_only": evaluate_only}
     with relay(on_report) as callback:
         trainer = TorchTrainer(
