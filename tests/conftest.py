@@ -14,7 +14,13 @@ from raymodels.config import Config, validate
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+TIERS = ["unit", "dist", "cluster", "e2e"]
 WORDS = ["the", "model", "reads", "a", "line", "and", "learns", "what", "follows", "naïve", "café", "模型", "größer"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tiers first, and no test that needs no cluster while the shared Ray is up."""
+    items.sort(key=lambda item: TIERS.index(item.path.relative_to(Path(__file__).parent).parts[0]))
 
 
 @pytest.fixture(scope="session")
