@@ -50,18 +50,20 @@ def line(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert trained.returncode == 0, trained.stderr
     [port] = free_ports(1)
     serving = {"registry": config.registry, "models": [{"model": "tiny@prod", "cpus": 1}], "http": {"port": port}}
-    server = subprocess.Popen(
-        [COMMAND, "serve", written(folder, "serve.yaml", serving)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    log = folder / "serve.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [COMMAND, "serve", written(folder, "serve.yaml", serving)], cwd=ROOT, stdout=output, stderr=output
+        )
     try:
-        assert server.stdout
-        said = next((text for text in server.stdout if text.startswith("serving")), "")
-        assert "tiny" in said
+        deadline = time.monotonic() + 120
+        while "serving tiny" not in log.read_text():
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
         yield {
             **json.loads(trained.stdout),
             "url": f"http://127.0.0.1:{port}",
             "registry": config.registry,
-            "server": server,
         }
     finally:
         server.send_signal(signal.SIGINT)
