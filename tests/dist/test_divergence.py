@@ -23,8 +23,13 @@ def ending(config: Config, prepared: str) -> str:
     return "finished"
 
 
-def test_every_rank_says_so(tiny: dict[str, Any], prepared: str, tmp_path: Path) -> None:
-    wild = {"steps": 10, "lr": 1e38, "warmup_steps": 0, "clip_norm": 0.0}
-    answers = run_ranks(ending, 2, altered(tiny, tmp_path, train=wild), prepared)
+def test_every_rank_says_so(tiny: dict[str, Any], tiny_model_dir: Path, prepared: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    config = altered({**tiny, "model": {"from": str(tmp_path / "broken")}}, tmp_path)
+    answers = run_ranks(ending, 2, config, prepared)
     assert answers[0] == answers[1]
-    assert "lower train.lr" in answers[0]
+    assert answers[0].startswith("the loss is nan at step 1: lower train.lr")
