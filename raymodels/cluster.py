@@ -15,26 +15,31 @@ from raymodels.errors import ClusterError
 POLL_SECONDS = 1.0
 
 
-def connect() -> None:
+def connect() -> bool:
     """Join the cluster that ``RAY_ADDRESS`` names or that runs on this host, or start a local one.
 
-    A local one is started with token authentication, Ray's default there; for another set ``RAY_AUTH_MODE`` yourself.
+    A local one is started with token authentication, Ray's default there; for another set ``RAY_AUTH_MODE`` before
+    Python starts: Ray reads it as it is imported.
+
+    Returns:
+        Whether this call connected; false where the process was connected already.
 
     Raises:
         ClusterError: the address does not answer, or refuses the token.
     """
     if ray.is_initialized():
-        return
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
         address = os.environ.get("RAY_ADDRESS", "this host")
         raise ClusterError(f"cannot reach Ray at {address}: {error}; check RAY_ADDRESS and the token") from error
+    return True
 
 
 def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None:
-    """Wait until the cluster's nodes could hold all workers at once, also if others use them now.
+    """Wait until the cluster's nodes could hold the least number of workers at once, also if others use them now.
 
     Nodes may still be joining, so this waits up to ``workers.start_timeout_s``, saying once what for.
 
@@ -42,9 +47,9 @@ def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None
         ClusterError: they did not come in time; says what is missing.
     """
     deadline, said = time.monotonic() + workers.start_timeout_s, False
-    while (room := _room(workers)) < workers.count:
+    while (found := room(workers)) < workers.least:
         missing = (
-            f"the cluster has room for {room} of {workers.count} workers of {workers.cpus:g} CPU and {workers.gpus} GPU"
+            f"the cluster has room for {found} of {workers.least} workers of {workers.cpus:g} CPU and {workers.gpus} GPU"
             f" ({_inventory()})"
         )
         if time.monotonic() >= deadline:
@@ -57,8 +62,12 @@ def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None
         time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _room(workers: WorkersConfig) -> int:
-    return sum(_fits(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
+def room(workers: WorkersConfig) -> int:
+    """How many workers the cluster's nodes could hold if nothing else ran."""
+    # Nodes that are about to be preempted take no new work. Ray tells of them nowhere else.
+    leaving = ray._private.state.state.get_draining_nodes()
+    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
+    return sum(_fits(node["Resources"], workers) for node in staying)
 
 
 def _fits(resources: dict[str, float], workers: WorkersConfig) -> int:

@@ -7,12 +7,13 @@ are both committed this way, and readers trust nothing that a manifest does not 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypedDict
 
 from raymodels import storage
-from raymodels.errors import IntegrityError, StorageError
+from raymodels.errors import IntegrityError
 
 FILE = "MANIFEST.json"
 HASH_THREADS = 8
@@ -28,6 +29,11 @@ Entries = dict[str, Entry]
 
 def is_committed(place: str) -> bool:
     return storage.exists(storage.join(place, FILE))
+
+
+def entry(data: bytes) -> Entry:
+    """Size and SHA-256 of a file's content."""
+    return Entry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def describe(place: str, files: Iterable[str] | None = None) -> Entries:
@@ -47,16 +53,23 @@ def commit(place: str, entries: Entries) -> None:
 def read(place: str) -> Entries:
     """The entries of a committed folder.
 
+    What they say, `verify` compares with the files; here every byte must be the one that `commit` writes for them.
+
     Raises:
         IntegrityError: there is no manifest, or it is not one.
+        StorageError: it cannot be read.
     """
     if not is_committed(place):
         raise IntegrityError(f"{place} has no {FILE}: it was never committed")
+    raw = storage.read_bytes(storage.join(place, FILE))
     try:
-        entries: Entries = storage.read_json(storage.join(place, FILE))["files"]
+        content = json.loads(raw)
+        entries: Entries = content["files"]
         for entry in entries.values():
             entry["size"], entry["sha256"]
-    except (StorageError, KeyError, TypeError, AttributeError) as error:
+        if storage.to_json(content) != raw:
+            raise ValueError("its white space or order was changed")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{storage.join(place, FILE)} is not a manifest: {error}") from error
     return entries
 

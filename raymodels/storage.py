@@ -83,7 +83,7 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     fs, path = filesystem(uri)
     with _named("open", uri):
         if "r" not in mode and is_local(uri):
-            os.makedirs(posixpath.dirname(path), exist_ok=True)
+            _make_folder(Path(path).parent)
         handle: IO[Any] = fs.open(path, mode)
         return handle
 
@@ -93,6 +93,20 @@ def read_bytes(uri: str) -> bytes:
     with _named("read", uri):
         data: bytes = fs.cat_file(path)  # one request: an opened object that is replaced meanwhile cannot be read on
         return data
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """``length`` bytes of a file from byte ``start`` on.
+
+    Raises:
+        StorageError: the file is missing or shorter than that.
+    """
+    fs, path = filesystem(uri)
+    with _named("read", uri):
+        data: bytes = fs.cat_file(path, start=start, end=start + length)
+    if len(data) != length:
+        raise StorageError(f"cannot read {uri}: it ends before byte {start + length}")
+    return data
 
 
 def read_json(uri: str) -> Any:
@@ -148,6 +162,21 @@ def append(uri: str, data: bytes) -> None:
     """Add to the end of a file with one writer. Object stores rewrite it, so keep it small there."""
     with _named("append to", uri), open_file(uri, "ab") as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def create_stream(uri: str) -> Iterator[IO[Any]]:
+    """Write one file piece by piece, replacing what is there; on leaving it is whole and survives a power cut.
+
+    For files that something else declares valid later: a reader may see a part of it meanwhile.
+    """
+    with _named("write", uri), open_file(uri, "wb") as file:
+        yield file
+        if is_local(uri):
+            file.flush()
+            os.fsync(file.fileno())
+    if is_local(uri):
+        sync_folder(local_path(uri).parent)
 
 
 def list_names(uri: str) -> list[str]:
@@ -217,8 +246,16 @@ def _named(doing: str, place: str) -> Iterator[None]:
         raise StorageError(f"cannot {doing} {place}: {error or type(error).__name__}") from error
 
 
+def _make_folder(path: Path) -> None:
+    """Make a folder with those above it, so that it survives a power cut as what is written into it does."""
+    if not path.exists():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def _write_beside(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with temporary.open("wb") as file:
         file.write(data)

@@ -6,10 +6,15 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
+
+from raymodels.config import Config
 
 PRELOAD = ["raymodels.train.loop"]
 
@@ -41,6 +46,36 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text]
     assert not failed, "\n".join(failed)
     return [result for _, result in outcomes]
+
+
+def train_here(config: Config, prepared: str, until: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """Train on this rank: the run's `raymodels.train.loop.Session` and all its reports.
+
+    Args:
+        until: give up after this many steps, as if the process died there, but with the last save finished.
+    """
+    from raymodels.train import loop
+    from raymodels.train.interval import Interval
+    from raymodels.train.meter import Phases
+    from raymodels.train.signals import Signals
+
+    class Died(Exception):
+        pass
+
+    reports: list[dict[str, Any]] = []
+
+    def report(metrics: dict[str, Any]) -> None:
+        reports.append(metrics)
+        if metrics["step"] == until:
+            raise Died
+
+    phases = Phases()
+    session = loop.open_session(config, prepared, phases, lambda text: warnings.warn(text, stacklevel=2))
+    interval = Interval(config.checkpoint.every, int(os.environ["WORLD_SIZE"]), 0, 0.0, time.time())
+    with suppress(Died), Signals(config.place, 1) as signals:
+        loop.train(session, phases, report, signals, interval)
+    session.saver.wait()
+    return session, reports
 
 
 def _outcome(reader: Connection) -> tuple[str, Any]:

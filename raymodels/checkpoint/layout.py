@@ -1,26 +1,27 @@
 """Where a run keeps its checkpoints, which of them count, and what each says of itself.
 
-    <run>/checkpoints/step-00000050/zero/…           DeepSpeed's shards, some from every rank
+    <run>/checkpoints/step-00000050/zero/…           one file a rank: its fragments of the training state
     <run>/checkpoints/step-00000050/model/…          config and tokenizer, Hugging Face layout
     <run>/checkpoints/step-00000050/state.json       `State`
     <run>/checkpoints/step-00000050/MANIFEST.json    every file's size and checksum; written last
 
-A folder without its manifest is the remains of an interrupted save: no reader sees it, the next save sweeps it up.
+A folder without its manifest is the remains of an interrupted save: no reader sees it, the next start sweeps it up.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raymodels import manifest, storage
 from raymodels.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 ZERO = "zero"
 MODEL = "model"
 STATE = "state.json"
+DAMAGED = "DAMAGED.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class State:
     """What a checkpoint says of itself.
 
     ``step`` optimizer steps are done, so step ``step`` (counted from 0) comes next. ``tokens`` were trained on.
-    ``metrics`` are the newest known, such as ``loss`` and ``eval_loss`` in nats per token.
+    ``metrics`` are the newest known, such as ``loss`` and ``eval_loss`` in nats per token. ``adam_step`` counts AdamW's
+    updates, ``loss_scale`` is fp16's. ``digest`` is `raymodels.checkpoint.fragments.digest` summed over all fragments,
+    in hexadecimal: what an engine that has loaded this must come to, on any number of workers. ``world_size``,
+    ``zero_stage`` and ``precision`` say how it was written; none of them binds who reads it.
     """
 
     step: int
@@ -39,6 +43,9 @@ class State:
     config_digest: str
     data_fingerprint: str
     metrics: dict[str, float]
+    adam_step: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
     format: int = FORMAT
 
 
@@ -96,9 +103,21 @@ def retain(run: str, keep: int) -> None:
         storage.delete(checkpoint.place)
 
 
+def disown(checkpoint: Checkpoint, reason: str) -> None:
+    """Take a checkpoint out of those that count, leaving its files: what was found is written beside them."""
+    declared = storage.read_bytes(storage.join(checkpoint.place, manifest.FILE)).decode(errors="replace")
+    storage.write_json(storage.join(checkpoint.place, DAMAGED), {"reason": reason, "manifest": declared})
+    storage.delete(storage.join(checkpoint.place, manifest.FILE))
+
+
 def sweep(run: str) -> list[str]:
     """Delete what interrupted saves left, and say which. Only for the one process that owns the run."""
-    torn = [place for step in _steps(run) if not manifest.is_committed(place := step_place(run, step))]
+    places = [step_place(run, step) for step in _steps(run)]
+    torn = [
+        place
+        for place in places
+        if not manifest.is_committed(place) and not storage.exists(storage.join(place, DAMAGED))
+    ]
     for place in torn:
         storage.delete(place)
     return torn

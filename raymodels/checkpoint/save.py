@@ -1,141 +1,171 @@
-"""Commit a checkpoint: every rank writes its shards and acknowledges them, then the manifest is written, last.
+"""Commit checkpoints behind the training's back: copy the state to host memory, then write while training goes on.
 
-Each rank has DeepSpeed write into a staging folder of its own, so what lies there afterwards is exactly what this rank
-must vouch for. The files are then moved (local disk, NFS: a rename) or uploaded (object stores) to their place.
+Every rank writes one file with its fragments and acknowledges size and checksum; rank 0 writes the manifest last. The
+acknowledgements travel over a gloo process group of their own, so that they never meet the training's collectives. At
+most one save is under way: the next one waits for it, which is what holds training back when storage is too slow.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from contextlib import redirect_stdout
-from io import StringIO
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from raymodels import manifest, storage
-from raymodels.checkpoint import layout
-from raymodels.errors import CheckpointError, IntegrityError, StorageError
+from raymodels.checkpoint import fragments as live
+from raymodels.checkpoint import layout, rest, shards, tensors
+from raymodels.config import Config
+from raymodels.errors import StorageError
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+T = TypeVar("T")
 
 
-def save(engine: Any, run: str, state: layout.State, assets: Path, keep: int) -> layout.Checkpoint:
-    """Write and commit a checkpoint of a DeepSpeed engine. Collective: every rank calls it.
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: committed, or why not. ``seconds`` from the snapshot on, ``bytes`` over all ranks."""
+
+    step: int
+    place: str
+    seconds: float
+    bytes: int = 0
+    error: str | None = None
+
+
+class Saver:
+    """Saves one engine's state into its run's directory. Every rank has one and calls it alike.
 
     Args:
         assets: a local folder with the model's config and tokenizer files; rank 0's is used.
-        keep: how many committed checkpoints of the run remain.
-
-    Raises:
-        StorageError: some rank could not write; the message says which and why. Nothing is committed then.
     """
-    rank, place = dist.get_rank(), layout.step_place(run, state.step)
-    with _staging(place, rank) as staging:
-        # Which folders there are is for DeepSpeed's rank 0 to make, which knows only its own staging folder.
-        (staging / layout.ZERO).mkdir(parents=True)
-        with redirect_stdout(StringIO()):
-            engine.save_checkpoint(str(staging), tag=layout.ZERO, save_latest=False)
-        for script in staging.glob("*.py"):  # DeepSpeed's converters: `raymodels export` does their work
-            script.unlink()
-        if rank == 0:
-            shutil.copytree(assets, staging / layout.MODEL)
-            (staging / layout.STATE).write_bytes(layout.to_json(state))
-        acknowledged = _acknowledge(staging, place)
-    if rank == 0:
-        manifest.commit(place, acknowledged)
-        layout.retain(run, keep)
-    dist.barrier()
-    return layout.Checkpoint(place, state.step)
 
+    def __init__(self, engine: Any, config: Config, assets: Path) -> None:
+        self._engine, self._run, self._assets, self._settings = engine, config.place, assets, config.checkpoint
+        timeout = timedelta(seconds=config.workers.collective_timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._host: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[Outcome] = []
+        self._broken: BaseException | None = None
 
-def restore(engine: Any, checkpoint: layout.Checkpoint, local_rank: int) -> layout.State:
-    """Load a committed checkpoint into a fresh DeepSpeed engine of the same world size and stage. Collective.
-
-    Raises:
-        IntegrityError: a file is missing or changed.
-        CheckpointError: it was written by another number of workers or ZeRO stage, or did not load.
-    """
-    state = checkpoint.state()
-    world_size, stage = dist.get_world_size(), engine.zero_optimization_stage()
-    if (state.world_size, state.zero_stage) != (world_size, stage):
-        raise CheckpointError(
-            f"{checkpoint.place} was written by {state.world_size} workers at ZeRO stage {state.zero_stage}, "
-            f"this run has {world_size} at stage {stage}: set workers.count and zero.stage to those"
+    def save(self, state: layout.State) -> None:
+        """Wait for the save before, take a snapshot and begin to write it. Collective."""
+        self.wait()
+        start = time.monotonic()
+        held = self._snapshot()
+        left = rest.copy_rest(self._engine)
+        state = replace(
+            state, adam_step=live.adam_step(self._engine), loss_scale=live.loss_scale(self._engine), digest=""
         )
-    _verify_together(checkpoint.place)
-    folder = _localized(checkpoint.place, local_rank)
-    loaded, _ = engine.load_checkpoint(folder, tag=layout.ZERO)
-    if loaded is None or engine.global_steps != state.step:
-        raise CheckpointError(f"{checkpoint.place} did not load: the engine is at step {engine.global_steps}")
-    return state
+        self._thread = threading.Thread(target=self._run_save, args=(state, held, left, start), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._broken:
+            raise self._broken
+
+    def outcomes(self) -> list[Outcome]:
+        """Of the saves that ended since the last call, oldest first; the same on every rank, though not at once."""
+        ended = self._outcomes.copy()  # one may be added meanwhile
+        del self._outcomes[: len(ended)]
+        return ended
+
+    def _snapshot(self) -> list[live.Fragment]:
+        """This rank's fragments, copied into host memory that is kept from save to save."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        held = []
+        for fragment in live.fragments(self._engine):
+            if self._engine.zero_optimization_stage() == 0:
+                fragment = live.own_share(fragment, rank, world_size)
+            copies = {kind: self._host_copy(f"{kind}/{fragment.name}", t) for kind, t in fragment.tensors.items()}
+            held.append(replace(fragment, tensors=copies))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return held
+
+    def _host_copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key not in self._host:
+            self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._host[key].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+
+    def _run_save(
+        self, state: layout.State, held: list[live.Fragment], left: dict[str, torch.Tensor], start: float
+    ) -> None:
+        try:
+            size, error = self._commit(state, held, left)
+        except BaseException as broken:  # another rank died in the exchange, or a bug: the next wait raises it
+            self._broken = broken
+            return
+        place = layout.step_place(self._run, state.step)
+        self._outcomes.append(Outcome(state.step, place, time.monotonic() - start, size, error))
+
+    def _commit(
+        self, state: layout.State, held: list[live.Fragment], left: dict[str, torch.Tensor]
+    ) -> tuple[int, str | None]:
+        """Write, exchange acknowledgements, write the manifest; the bytes in all and what went wrong, if anything."""
+        place = layout.step_place(self._run, state.step)
+        written = self._exchange(self._attempt(lambda: self._write(place, held, left)))
+        if failures := [answer for answer in written if isinstance(answer, str)]:
+            if dist.get_rank() == 0:
+                self._attempt(lambda: storage.delete(place))  # what the others wrote may be what filled the disk
+            return 0, "; ".join(failures)
+        entries = {name: entry for files, _ in written for name, entry in files.items()}
+        state = replace(state, digest=live.as_text(sum(share for _, share in written)))
+        answer = self._attempt(lambda: self._declare(place, state, entries)) if dist.get_rank() == 0 else None
+        [declared, *_] = self._exchange(answer)
+        if dist.get_rank() == 0 and declared is None:
+            # The next save tries again what is left.
+            self._attempt(lambda: layout.retain(self._run, self._settings.keep))
+        return sum(entry["size"] for entry in entries.values()), declared
+
+    def _write(
+        self, place: str, held: list[live.Fragment], left: dict[str, torch.Tensor]
+    ) -> tuple[manifest.Entries, int]:
+        """This rank's files and its part of the digest."""
+        name = shards.file_name(dist.get_rank(), dist.get_world_size())
+        flat = {f"{kind}/{fragment.name}": t for fragment in held for kind, t in fragment.tensors.items()}
+        entries = {name: tensors.write(storage.join(place, name), flat, shards.metadata(held))}
+        if dist.get_rank() == 0:
+            for file in sorted(self._assets.iterdir()):
+                entries |= _put(place, f"{layout.MODEL}/{file.name}", file.read_bytes())
+            if left:
+                entries |= _put(place, rest.PLACE, rest.to_bytes(left))
+        return entries, sum(map(live.digest, held))
+
+    def _declare(self, place: str, state: layout.State, entries: manifest.Entries) -> None:
+        entries = entries | _put(place, layout.STATE, layout.to_json(state))
+        manifest.commit(place, entries)
+
+    def _attempt(self, action: Callable[[], T]) -> T | str:
+        """The action's result, repeated while storage refuses it; in the end why it did not work."""
+        deadline, pause = time.monotonic() + self._settings.retry_s, FIRST_PAUSE_S
+        while True:
+            try:
+                return action()
+            except (OSError, StorageError) as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return f"rank {dist.get_rank()}: {error}"
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
 
 
-class _staging:
-    """A rank's own folder: beside the target where a rename can move files out of it, else on local disk."""
-
-    def __init__(self, place: str, rank: int) -> None:
-        self.local = storage.is_local(place)
-        self.folder = storage.local_path(place) / f".rank-{rank}" if self.local else Path(tempfile.mkdtemp())
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)  # of an interrupted save at this very step
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder)
-
-
-def _acknowledge(staging: Path, place: str) -> manifest.Entries:
-    """Move this rank's files to their place and gather what every rank vouches for."""
-    mine: manifest.Entries | str
-    try:
-        mine = manifest.describe(str(staging))
-        for name in mine:
-            _place_file(staging / name, storage.join(place, name))
-    except (OSError, StorageError) as error:
-        mine = f"rank {dist.get_rank()}: {error}"
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if failures := [answer for answer in everyone if isinstance(answer, str)]:
-        raise StorageError(f"checkpoint {place} was not saved: {'; '.join(failures)}")
-    return {name: entry for entries in everyone for name, entry in entries.items()}
-
-
-def _place_file(source: Path, target: str) -> None:
-    if storage.is_local(target):
-        path = storage.local_path(target)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.sync_file(source)
-        os.replace(source, path)
-        storage.sync_folder(path.parent)
-    else:
-        storage.copy_file(str(source), target)
-
-
-def _verify_together(place: str) -> None:
-    """Each rank checks its share of the files; all raise if one found damage."""
-    problem: str | None = None
-    try:
-        manifest.verify(place, share=(dist.get_rank(), dist.get_world_size()))
-    except IntegrityError as error:
-        problem = str(error)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    if found := [answer for answer in everyone if answer]:
-        raise IntegrityError(f"{found[0]}; remove {place} to resume from the checkpoint before it")
-
-
-def _localized(place: str, local_rank: int) -> str:
-    """The checkpoint as a local folder. A remote one is copied by the first rank of each host."""
-    if storage.is_local(place):
-        return str(storage.local_path(place))
-    folder = Path(tempfile.gettempdir()) / "raymodels-restore" / storage.name(place)
-    if local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in manifest.read(place):
-            storage.copy_file(storage.join(place, name), str(folder / name))
-    dist.barrier()
-    return str(folder)
+def _put(place: str, name: str, data: bytes) -> manifest.Entries:
+    storage.write_bytes(storage.join(place, name), data)
+    return {name: manifest.entry(data)}

@@ -37,6 +37,12 @@ def collate(samples: list[Int64s], seq_len: int, pad_id: int) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def fill_up(ids: Ids, micro_batch: int, count: int) -> Ids:
+    """The ids and as many `NOBODY` as it takes to make ``count`` micro batches of one row at least."""
+    missing = (count - 1) * micro_batch + 1 - len(ids)
+    return np.concatenate([ids, np.full(max(0, missing), NOBODY, np.int64)])
+
+
 def micro_batches(split: Split, ids: Ids, micro_batch: int) -> Iterator[Batch]:
     """The samples of the given ids, ``micro_batch`` at a time and in order; the last batch may be smaller.
 

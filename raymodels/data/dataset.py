@@ -45,7 +45,11 @@ class Split(ABC):
 
     @abstractmethod
     def sample(self, index: int) -> Int64s:
-        """Sample ``index`` as int64 of shape [2 ... seq_len + 1]."""
+        """Sample ``index`` as int64 of shape [2 ... seq_len + 1].
+
+        Raises:
+            DataError: its file was changed since it was prepared; names the file and the sample.
+        """
 
 
 class Packed(Split):
@@ -62,15 +66,15 @@ class Packed(Split):
     def sample(self, index: int) -> Int64s:
         _check_index(index, len(self))
         start = index * self.seq_len
-        return self._stretch(start, min(start + self.seq_len + 1, int(self._ends[-1])))
+        return self._stretch(start, min(start + self.seq_len + 1, int(self._ends[-1])), f"sample {index}")
 
-    def _stretch(self, start: int, stop: int) -> Int64s:
+    def _stretch(self, start: int, stop: int, what: str) -> Int64s:
         pieces: list[Tokens] = []
         number = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             shard = self._shards[number]
             first = int(self._ends[number]) - shard.entry["tokens"]
-            piece = shard.tokens[start - first : stop - first]
+            piece = shard.read(start - first, stop - first, what)
             pieces.append(piece)
             start += len(piece)
             number += 1
@@ -105,7 +109,8 @@ class Unpacked(Split):
         first = int(shard.starts[document])
         start = first + piece * self.seq_len
         stop = min(start + self.seq_len + 1, first + int(shard.lengths[document]))
-        return np.array(shard.tokens[start:stop], np.int64)
+        what = f"sample {index}, document {document} of the file"
+        return np.array(shard.read(start, stop, what), np.int64)
 
     def _pieces(self, shard: Shard) -> Int64s:
         """Samples per document: none where a document has no token but its end."""
@@ -158,7 +163,7 @@ class Prepared:
         entries = self.manifest["splits"][name]["shards"]
         dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         paths = shards.local(self.place, entries, _cache(self.manifest))
-        parts = [Shard(path, entry, dtype) for path, entry in zip(paths, entries, strict=True)]
+        parts = [Shard(path, entry, dtype, self.vocab_size) for path, entry in zip(paths, entries, strict=True)]
         split = (Packed if pack else Unpacked)(parts, seq_len, self.manifest["pad_id"])
         if not parts or not len(split):
             raise DataError(f"the {name} split of {self.place} has no samples: every sample needs two tokens")

@@ -31,11 +31,24 @@ def sample_ids(seed: int, step: int, global_batch: int, samples: int) -> Ids:
     return _permute(index, _keys(seed, epoch), samples).astype(np.int64)
 
 
-def shard(ids: Ids, rank: int, world_size: int) -> Ids:
-    """The slice of a step's ids, shape [global_batch / world_size], that one data-parallel rank takes."""
-    assert 0 <= rank < world_size and len(ids) % world_size == 0, (rank, world_size, len(ids))
-    size = len(ids) // world_size
-    return ids[rank * size : (rank + 1) * size]
+def shard(ids: Ids, rank: int, world_size: int) -> tuple[Ids, Ids]:
+    """The slice of a step's ids that one data-parallel rank takes, and their places in the step.
+
+    Slices are equal where the ranks divide the batch; otherwise the last ones are shorter, perhaps empty.
+    """
+    assert 0 <= rank < world_size, (rank, world_size)
+    size = -(-len(ids) // world_size)
+    places = np.arange(len(ids), dtype=np.int64)
+    return ids[rank * size : (rank + 1) * size], places[rank * size : (rank + 1) * size]
+
+
+def digest(ids: Ids, places: Ids) -> int:
+    """A checksum modulo 2^64 of which sample stands at which place of a step.
+
+    It adds up: the sum over any slices of a step is the digest of the whole step, whoever had which slice.
+    """
+    mixed = _mix(_mix(places.astype(np.uint64)) ^ ids.astype(np.uint64))
+    return int(mixed.sum(dtype=np.uint64))
 
 
 def _permute(index: Words, keys: Words, samples: int) -> Words:

@@ -17,10 +17,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from raymodels import storage
-from raymodels.errors import IntegrityError
+from raymodels.errors import DataError, IntegrityError
 
 START = np.dtype("<i8")
 DOWNLOADS = 8
+AGAIN = "restore the file, or delete its folder and prepare it again"
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -58,6 +59,29 @@ class Shard:
     path: Path
     entry: Entry
     dtype: np.dtype[Any]
+    vocab_size: int
+
+    def read(self, start: int, stop: int, what: str) -> Tokens:
+        """The shard's tokens from ``start`` up to ``stop``.
+
+        Args:
+            what: what is being read, for the error.
+
+        Raises:
+            DataError: the file was changed since it was prepared; names it and ``what``.
+        """
+        try:
+            size = self.path.stat().st_size  # reading past the end of a mapped file would kill the process
+        except FileNotFoundError:
+            raise DataError(f"{self.path} was removed while in use, at {what}: {AGAIN}") from None
+        if size != self.entry["bytes"]:
+            raise DataError(f"{self.path} has {size} bytes, not {self.entry['bytes']}, at {what}: {AGAIN}")
+        tokens = self.tokens[start:stop]
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.path} holds token id {tokens.max()} at {what}, but the tokenizer has {self.vocab_size}: {AGAIN}"
+            )
+        return tokens
 
     @cached_property
     def starts(self) -> Int64s:

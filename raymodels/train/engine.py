@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -51,11 +52,11 @@ def make_model(config: Config, source: ModelConfig, architecture: PreTrainedConf
     dtype, partitioned = DTYPES[config.train.precision], config.zero.stage == 3
     if source.from_ is not None:
         # transformers looks for a live HfDeepSpeedConfig to know that weights must be partitioned as they are loaded.
-        alive = HfDeepSpeedConfig(zero.deepspeed_config(config)) if partitioned else None
+        alive = HfDeepSpeedConfig(zero.deepspeed_config(config, dist.get_world_size())) if partitioned else None
         model = load(source.from_, architecture, dtype)
         del alive
     elif partitioned:
-        with deepspeed.zero.Init(config_dict_or_path=zero.deepspeed_config(config)):
+        with deepspeed.zero.Init(config_dict_or_path=zero.deepspeed_config(config, dist.get_world_size())):
             model = construct(architecture, dtype)
         initialize(model, config.run.seed, lambda some: deepspeed.zero.GatheredParameters(some, modifier_rank=0))
     else:
@@ -69,8 +70,9 @@ def make_model(config: Config, source: ModelConfig, architecture: PreTrainedConf
 def make_engine(config: Config, model: torch.nn.Module) -> Any:
     """Wrap the model in a DeepSpeed engine with its AdamW."""
     groups = parameter_groups(model, config.train.weight_decay)
+    derived = zero.deepspeed_config(config, dist.get_world_size())
     with redirect_stdout(StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=zero.deepspeed_config(config))
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=derived)
     return engine
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ import torch
 import torch.distributed as dist
 
 from raymodels.checkpoint import layout
-from raymodels.checkpoint.save import restore, save
+from raymodels.checkpoint.restore import restore_newest
+from raymodels.checkpoint.save import Saver
 from raymodels.config import Config
-from raymodels.data.batches import NOBODY, Batch, micro_batches
+from raymodels.data.batches import Batch, fill_up, micro_batches
 from raymodels.data.dataset import Split, open_prepared
-from raymodels.data.order import sample_ids, shard
-from raymodels.errors import TrainingError
+from raymodels.data.order import digest, sample_ids, shard
+from raymodels.errors import StorageError, TrainingError
 from raymodels.models.build import architecture, flops_per_token, parameter_count
 from raymodels.tasks import Task, task
 from raymodels.train.engine import join_process_group, make_engine, make_model, write_assets
+from raymodels.train.interval import Interval
 from raymodels.train.meter import Meter, Phases, peak_memory_bytes
 from raymodels.train.origin import starting_point
 from raymodels.train.schedule import learning_rate
+from raymodels.train.signals import REASONS, Reason, Signals
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -42,17 +45,17 @@ class Session:
     held_out: Split
     engine: Any
     state: layout.State
-    assets: Path
+    saver: Saver
     flops_per_token: float
 
 
-def open_session(config: Config, prepared_place: str, local_rank: int, phases: Phases) -> Session:
-    """Everything a rank needs to train or evaluate, restored from the newest committed checkpoint. Collective.
+def open_session(config: Config, prepared_place: str, phases: Phases, warn: Callable[[str], None]) -> Session:
+    """Everything a rank needs to train or evaluate, restored from the newest whole checkpoint. Collective.
 
     Args:
         prepared_place: what `raymodels.data.prepare.prepare` made.
-        local_rank: this process's place on its host, which is also its GPU.
         phases: of the start-up so far; the ones measured here are added.
+        warn: is told of checkpoints that were damaged and left out.
     """
     seq_len = config.data.seq_len
     with phases("data"):
@@ -67,8 +70,7 @@ def open_session(config: Config, prepared_place: str, local_rank: int, phases: P
     with phases("engine"):
         engine = make_engine(config, model)
     with phases("restore"):
-        found = layout.latest(config.place)
-        state = restore(engine, found, local_rank) if found else _state(config, prepared.fingerprint, 0, 0, {})
+        state = restore_newest(engine, config.place, warn) or _state(config, prepared.fingerprint, 0, 0, {})
         _same_data(state, prepared.fingerprint)
     return Session(
         config=config,
@@ -79,86 +81,164 @@ def open_session(config: Config, prepared_place: str, local_rank: int, phases: P
         held_out=held_out,
         engine=engine,
         state=state,
-        assets=assets,
+        saver=Saver(engine, config, assets),
         flops_per_token=flops_per_token(shape, parameter_count(shape), seq_len),
     )
 
 
-def train(session: Session, phases: Phases, report: Report) -> None:
-    """Train to the last step. Collective.
+def train(session: Session, phases: Phases, report: Report, signals: Signals, interval: Interval) -> Reason | None:
+    """Train to the last step, or until asked to leave. Collective.
 
     Args:
         report: is called equally often on every rank, with the metrics that this rank knows.
+
+    Returns:
+        Why it left early, having saved; None at the end of the run.
+
+    Raises:
+        StorageError: the last checkpoint could not be saved.
+        TrainingError: the loss is not a number.
     """
     config, settings, begin = session.config, session.config.train, session.state.step
     meter, tokens, metrics = Meter(session.flops_per_token), session.state.tokens, dict(session.state.metrics)
+    samples: list[str] = []
     for step in range(begin, settings.steps):
-        first, done, last = step == begin, step + 1, step + 1 == settings.steps
-        with phases("first_step") if first else nullcontext(), meter.step() as timed:
-            loss, weight, grad_norm = optimizer_step(session, step)
-            timed.tokens = int(weight)
-        tokens += int(weight)
+        first, done, phases.step = step == begin, step + 1, step
+        with phases("first_step" if first else "step"), meter.step() as timed:
+            taken = optimizer_step(session, step, phases, Votes(interval.due(done, time.time()), signals.heard()))
+            timed.tokens = int(taken.weight)
+        tokens += int(taken.weight)
+        samples.append(taken.samples)
 
-        evaluate_now = last or done % config.eval.every == 0
-        save_now = last or done % config.checkpoint.every == 0
+        last = done == settings.steps or taken.leave is not None
+        evaluate_now = done == settings.steps or done % config.eval.every == 0
+        save_now = last or taken.save
         if not (evaluate_now or save_now or first or done % settings.report_every == 0):
             continue
-        metrics |= {"loss": _summed(loss, session.device) / weight, **meter.read()}
-        metrics |= {"learning_rate": learning_rate(settings, step), "grad_norm": grad_norm}
+        metrics |= {"loss": summed(taken.loss, session.device) / taken.weight, **meter.read()}
+        metrics |= {"learning_rate": learning_rate(settings, step), "grad_norm": taken.grad_norm}
         if not math.isfinite(metrics["loss"]):
             raise TrainingError(f"the loss is {metrics['loss']} at step {done}: lower train.lr or raise warmup_steps")
         if evaluate_now:
-            metrics["eval_loss"] = evaluate(session)
-        news: dict[str, Any] = {"step": done, "tokens": tokens, "memory_bytes": peak_memory_bytes(session.device)}
+            with phases("evaluation"):
+                metrics["eval_loss"] = evaluate(session, phases)
         if save_now:
-            state = _state(config, session.fingerprint, done, tokens, metrics)
-            news["checkpoint"] = save(session.engine, config.place, state, session.assets, config.checkpoint.keep).place
-        if first:
-            news["phases"] = phases.seconds
-        report(metrics | news)
+            with phases("blocked_by_save") as blocked:
+                session.saver.save(_state(config, session.fingerprint, done, tokens, metrics))
+            interval.saved(time.time(), blocked())
+            if last:
+                with phases("blocked_by_save"):
+                    session.saver.wait()
+        saved = session.saver.outcomes()
+        for outcome in saved:
+            interval.written(outcome.seconds)
+        report(
+            metrics
+            | {
+                "step": done,
+                "tokens": tokens,
+                "samples": samples,
+                "world_size": dist.get_world_size(),
+                "memory_bytes": peak_memory_bytes(session.device),
+                "saves": [vars(outcome) for outcome in saved],
+                "seconds": phases.take(),
+                "left": taken.leave,
+            }
+            | ({"phases": phases.start_up} if first else {})
+        )
+        samples = []
+        if last and saved[-1].error:
+            raise StorageError(f"the last checkpoint was not saved: {saved[-1].error}")
+        if taken.leave:
+            return taken.leave
+    return None
 
 
-def optimizer_step(session: Session, step: int) -> tuple[torch.Tensor, float, float]:
-    """Optimizer step ``step``; returns this rank's summed losses, the global batch's weight and the gradient norm.
+@dataclass(frozen=True)
+class Votes:
+    """What a rank would have all do after a step. Rank 0's ``save`` and anybody's ``leave`` decide."""
+
+    save: bool = False
+    leave: Reason | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step as taken by all ranks: this rank's summed ``loss``, the rest over all of them.
+
+    ``samples`` is the digest of the sample ids that were really fed, in hexadecimal; see `raymodels.data.order.digest`.
+    """
+
+    loss: torch.Tensor
+    weight: int
+    grad_norm: float
+    samples: str
+    save: bool
+    leave: Reason | None
+
+
+def optimizer_step(session: Session, step: int, phases: Phases, votes: Votes) -> Taken:
+    """Optimizer step ``step``. Collective.
 
     DeepSpeed averages gradients over ranks, so a summed loss times ranks / global weight gives the gradient of the
-    global weighted mean, however the global batch is cut into ranks and micro batches.
+    global weighted mean, however the global batch is cut into ranks and micro batches. What the ranks must agree on
+    travels with the weight.
     """
     config, engine, objective = session.config, session.engine, session.objective
-    ids = sample_ids(config.run.seed, step, config.train.global_batch, len(session.samples))
-    mine = shard(ids, dist.get_rank(), dist.get_world_size())
-    batches = _on(session.device, micro_batches(session.samples, mine, config.train.micro_batch))
-    weight = _summed(sum(objective.weight(batch) for batch in batches), session.device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with phases("data"):
+        ids = sample_ids(config.run.seed, step, config.train.global_batch, len(session.samples))
+        mine, places = shard(ids, rank, world_size)
+        filled = fill_up(mine, config.train.micro_batch, config.accumulation(world_size))
+        batches = _on(session.device, micro_batches(session.samples, filled, config.train.micro_batch))
+    with phases("weigh"):
+        mine_weighs = sum(map(objective.weight, batches))
+        weight, samples, save, leave = _agree(session, mine_weighs, digest(mine, places), votes)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step)
-    torch.manual_seed((config.run.seed << 32) + step * dist.get_world_size() + dist.get_rank())  # of dropout
+    torch.manual_seed((config.run.seed << 32) + step * world_size + rank)  # of dropout
     total = torch.zeros((), device=session.device)
     for batch in batches:
-        loss = objective.loss(engine, batch)
-        engine.backward(loss * (dist.get_world_size() / weight), scale_wrt_gas=False)
+        with phases.own() if config.zero.stage < 3 else nullcontext():  # stage 3 gathers parameters on the way
+            loss = objective.loss(engine, batch)
+        engine.backward(loss * (world_size / weight), scale_wrt_gas=False)
         unpartitioned = config.zero.stage == 0 and config.train.precision == "fp32"
         plain_norm = _plain_grad_norm(engine) if unpartitioned else None
         engine.step()
         total += loss.detach()
-    return total, weight, float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+    with phases("settle"):  # here a GPU's host waits for it
+        norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+    return Taken(total, weight, norm, f"{samples:016x}", save, leave)
+
+
+def _agree(session: Session, weight: int, samples: int, votes: Votes) -> tuple[int, int, bool, Reason | None]:
+    """The sum of the weights and of the digests (modulo 2^64), and what was decided."""
+    leave = [int(votes.leave == reason) for reason in REASONS]
+    mine = [weight, samples - (samples >> 63 << 64), int(votes.save and dist.get_rank() == 0), *leave]
+    agreed = torch.tensor(mine, dtype=torch.int64, device=session.device)
+    dist.all_reduce(agreed)
+    total, samples, save, *leave = agreed.tolist()
+    decided = next((reason for reason, votes in zip(REASONS, leave, strict=True) if votes), None)
+    return total, samples % 2**64, bool(save), decided
 
 
 @torch.no_grad()
-def evaluate(session: Session) -> float:
+def evaluate(session: Session, phases: Phases) -> float:
     """The mean loss over the held-out samples (the first ``eval.samples``, or all), in nats. Collective."""
     config, split, device = session.config, session.held_out, session.device
     rank, world_size, micro_batch = dist.get_rank(), dist.get_world_size(), config.train.micro_batch
     count = min(len(split), config.eval.samples or len(split))
     # Every rank must run equally many forward passes, so the last ones are filled up with samples of weight 0.
-    ids = np.full(-(-count // (micro_batch * world_size)) * micro_batch * world_size, NOBODY, dtype=np.int64)
-    ids[:count] = np.arange(count)
+    mine, _ = shard(np.arange(count), rank, world_size)
+    filled = fill_up(mine, micro_batch, -(-count // (micro_batch * world_size)))
     loss, weight = torch.zeros((), device=device), 0
     session.engine.eval()
-    for batch in _on(device, micro_batches(split, shard(ids, rank, world_size), micro_batch)):
+    for batch in _on(device, micro_batches(split, filled, micro_batch)):
+        phases.going_on()
         loss += session.objective.loss(session.engine, batch)
         weight += session.objective.weight(batch)
     session.engine.train()
-    return _summed(loss, device) / _summed(weight, device)
+    return summed(loss, device) / summed(weight, device)
 
 
 def _on(device: torch.device, batches: Iterable[Batch]) -> list[Batch]:
@@ -170,7 +250,7 @@ def _plain_grad_norm(engine: Any) -> float:
     return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
-def _summed(value: torch.Tensor | float, device: torch.device) -> float:
+def summed(value: torch.Tensor | float, device: torch.device) -> float:
     """The sum over all ranks, in double precision."""
     total = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
     dist.all_reduce(total)

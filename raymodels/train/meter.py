@@ -4,23 +4,90 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from raymodels.train.heartbeat import Heart
+
+# How a worker's phases appear in the run's ledger, and what its heart calls them, where that differs.
+KINDS = {
+    "worker_start": "scheduling",
+    "imports": "start",
+    "model": "start",
+    "engine": "start",
+    "first_step": "compile",
+    "weigh": "step",
+    "settle": "step",
+    "report": "other",
+}
+MARKS = {"imports": "start", "model": "start", "engine": "start", "first_step": "step", "blocked_by_save": "save"}
+
 
 class Phases:
-    """Seconds per named phase, in the order they ran."""
+    """Where a rank's seconds go, by named phase; a phase within a phase counts for the inner one alone.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    Args:
+        heart: is told of every phase that is entered, also again when an inner one ends.
+    """
+
+    step: int | None = None  # that the loop is at
+
+    def __init__(self, heart: Heart | None = None) -> None:
+        self.start_up: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[str, float]] = []
+        self._heart = heart
+        self._since = time.perf_counter()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds that passed before this was made."""
+        self.start_up[name] = self._seconds[name] = seconds
+        self._since -= seconds
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[Callable[[], float]]:
+        """Time a phase; yields what tells its seconds after it has ended."""
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._open.append((name, 0.0))
+        self._mark(name)
+        taken = [0.0]
+        yield lambda: taken[0]
+        whole = time.perf_counter() - start
+        _, within = self._open.pop()
+        taken[0] = whole
+        for seconds in (self._seconds, self.start_up):
+            seconds[name] = seconds.get(name, 0.0) + whole - within
+        if self._open:
+            outer, before = self._open[-1]
+            self._open[-1] = (outer, before + whole)
+            self._mark(outer)
+
+    def going_on(self) -> None:
+        """Tell the heart that the phase makes progress."""
+        if self._open:
+            self._mark(self._open[-1][0])
+
+    def own(self) -> AbstractContextManager[None]:
+        """Around work that waits for no other rank."""
+        return self._heart.own(cuda=torch.cuda.is_available()) if self._heart else nullcontext()
+
+    def _mark(self, name: str) -> None:
+        if self._heart:
+            self._heart.at(MARKS.get(name, name), self.step)
+
+    def take(self) -> dict[str, float]:
+        """The seconds by kind of the ledger since the last call, or the start; what no phase saw is other."""
+        now = time.perf_counter()
+        taken: dict[str, float] = {}
+        for name, seconds in self._seconds.items():
+            kind = KINDS.get(name, name)
+            taken[kind] = taken.get(kind, 0.0) + seconds
+        unseen = max(0.0, now - self._since - sum(taken.values()))
+        taken["other"] = taken.get("other", 0.0) + unseen
+        self._seconds, self._since = {}, now
+        return taken
 
 
 class Timed:

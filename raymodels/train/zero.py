@@ -50,16 +50,19 @@ OURS_IN_ZERO = {key: f"zero.{ours}" for ours, theirs in PASSED_ON.items() for ke
 }
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The dict for ``deepspeed.initialize``.
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize`` on so many ranks.
+
+    DeepSpeed wants batch sizes whose product is exact; where the workers do not divide the global batch, its train batch
+    counts the empty rows that fill up. What is averaged is for the loop to say, so that is but bookkeeping.
 
     Raises:
         ConfigError: ``zero.raw`` contradicts a setting of ours; names both.
     """
     derived = {
-        "train_batch_size": config.train.global_batch,
+        "train_batch_size": config.train.micro_batch * config.accumulation(world_size) * world_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.accumulation,
+        "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.train.clip_norm,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "fp16": {"enabled": config.train.precision == "fp16"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,20 @@ from raymodels.checkpoint import layout
 from raymodels.checkpoint.export import export
 from raymodels.config import Config
 from raymodels.errors import CheckpointError, IntegrityError
-from raymodels.testing import run_ranks
+from raymodels.testing import run_ranks, train_here
 from raymodels.train.meter import Phases
 from tests.conftest import altered
 
 WORKERS = 2
 
 
-def trained(config: Config, prepared: str, steps: int) -> list[float]:
-    """Losses of the run up to ``steps``, which is where the process ends; the schedule still spans all its steps."""
-    from raymodels.train import loop
-
-    class Ended(Exception):
-        pass
-
-    losses: list[float] = []
-
-    def report(metrics: dict[str, Any]) -> None:
-        losses.append(metrics["loss"])
-        if metrics["step"] == steps:
-            raise Ended
-
-    phases = Phases()
-    session = loop.open_session(config, prepared, 0, phases)
-    with suppress(Ended):
-        loop.train(session, phases, report)
-    return losses
+def losses(config: Config, prepared: str, until: int | None = None) -> list[float]:
+    return [report["loss"] for report in train_here(config, prepared, until)[1]]
 
 
 def final_logits(config: Config, prepared: str) -> torch.Tensor:
     """Train to the end; the trainer's own logits on one fixed line of tokens."""
-    from raymodels.train import loop
-
-    phases = Phases()
-    session = loop.open_session(config, prepared, 0, phases)
-    loop.train(session, phases, lambda metrics: None)
+    session, _ = train_here(config, prepared)
     session.engine.eval()
     with torch.no_grad():
         logits: torch.Tensor = session.engine(input_ids=PROBE).logits
@@ -61,21 +39,22 @@ PROBE = torch.arange(10, 42).unsqueeze(0)
 def attempt(config: Config, prepared: str) -> str:
     from raymodels.train import loop
 
+    warned: list[str] = []
     try:
-        loop.open_session(config, prepared, 0, Phases())
+        session = loop.open_session(config, prepared, Phases(), warned.append)
     except (CheckpointError, IntegrityError) as error:
         return f"{type(error).__name__}: {error}"
-    return "opened"
+    return " ".join([f"opened after step {session.state.step}", *warned])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumes_exactly(tiny: dict[str, Any], prepared: str, tmp_path: Path, stage: int) -> None:
     settings = {"zero": {"stage": stage}, "train": {"steps": 6}, "model": {"dropout": 0.1}}
     whole = altered(tiny, tmp_path / "whole", **settings)
-    undisturbed = run_ranks(trained, WORKERS, whole, prepared, 6)[0]
+    undisturbed = run_ranks(losses, WORKERS, whole, prepared, 6)[0]
     broken = altered(tiny, tmp_path / "broken", **settings)
-    before = run_ranks(trained, WORKERS, broken, prepared, 5)[0]  # committed after step 4, died after step 5
-    after = run_ranks(trained, WORKERS, broken, prepared, 6)[0]
+    before = run_ranks(losses, WORKERS, broken, prepared, 5)[0]  # committed after step 4, died after step 5
+    after = run_ranks(losses, WORKERS, broken, prepared, 6)[0]
     assert before == undisturbed[:5]
     assert after == undisturbed[4:]
 
@@ -107,7 +86,7 @@ def test_starting_from_a_directory_gives_its_weights_at_every_stage(
     for stage in (0, 3):
         raw = {**tiny, "model": {"from": str(tiny_model_dir)}}
         config = altered(raw, tmp_path / str(stage), zero={"stage": stage}, train={"lr": 1e-3})
-        curves.append(run_ranks(trained, WORKERS, config, prepared, 4)[0])
+        curves.append(run_ranks(losses, WORKERS, config, prepared, 4)[0])
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
@@ -115,7 +94,7 @@ def test_starting_from_a_directory_gives_its_weights_at_every_stage(
 def run(tiny: dict[str, Any], prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of six steps with checkpoints after 2, 4 and 6, of which two are kept."""
     config = altered(tiny, tmp_path_factory.mktemp("kept"), train={"steps": 6})
-    run_ranks(trained, WORKERS, config, prepared, 6)
+    run_ranks(losses, WORKERS, config, prepared, 6)
     return config
 
 
@@ -138,29 +117,45 @@ def test_a_save_without_a_manifest_does_not_exist(run: Config) -> None:
     assert not storage.exists(torn)
 
 
-def test_another_number_of_workers_is_refused_with_both_named(run: Config, prepared: str) -> None:
-    other = run.model_copy(update={"workers": run.workers.model_copy(update={"count": 1})})
-    [answer] = run_ranks(attempt, 1, other, prepared)
-    assert answer.startswith("CheckpointError")
-    assert "2 workers at ZeRO stage 2" in answer
-    assert "workers.count" in answer
-
-
-def test_one_changed_byte_is_found_by_every_rank_and_by_export(run: Config, prepared: str, tmp_path: Path) -> None:
-    place = layout.open_checkpoint(run.place).place
-    file = max(manifest.read(place), key=lambda name: manifest.read(place)[name]["size"])
-    path = storage.local_path(storage.join(place, file))
-    original = path.read_bytes()
-    path.write_bytes(original[:1000] + bytes([original[1000] ^ 1]) + original[1001:])
-    try:
-        for answer in run_ranks(attempt, WORKERS, run, prepared):
-            assert answer.startswith("IntegrityError")
-            assert file in answer
+def test_one_changed_byte_is_found_and_the_checkpoint_before_it_is_used(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(tiny, tmp_path, train={"steps": 6})
+    run_ranks(losses, WORKERS, config, prepared, 6)
+    place = layout.open_checkpoint(config.place).place
+    for file in manifest.read(place):
+        path = storage.local_path(storage.join(place, file))
+        original = path.read_bytes()
+        path.write_bytes(original[:-9] + bytes([original[-9] ^ 1]) + original[-8:])
         with pytest.raises(IntegrityError, match=file):
-            export(layout.open_checkpoint(run.place), tmp_path / "out")
+            export(layout.open_checkpoint(config.place), tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    finally:
         path.write_bytes(original)
+    path.write_bytes(original[:-9] + bytes([original[-9] ^ 1]) + original[-8:])
+    for answer in run_ranks(attempt, WORKERS, config, prepared):
+        assert answer.startswith(f"opened after step 4 checkpoint {place} is damaged")
+        assert file in answer
+    assert [checkpoint.step for checkpoint in layout.committed(config.place)] == [4]
+    assert storage.exists(f"{place}/{layout.DAMAGED}")
+
+
+def test_a_run_with_nothing_but_damage_does_not_start_afresh(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(tiny, tmp_path, checkpoint={"every": 4})
+    run_ranks(losses, WORKERS, config, prepared)
+    place = layout.open_checkpoint(config.place).place
+    storage.write_bytes(f"{place}/{layout.STATE}", b"{}")
+    [answer, _] = run_ranks(attempt, WORKERS, config, prepared)
+    assert answer.startswith("IntegrityError: none of the 1 checkpoints")
+
+
+def test_another_model_is_refused_with_the_difference(run: Config, prepared: str) -> None:
+    other = run.model_copy(update={"model": run.model.model_copy(update={"layers": 1})})
+    for answer in run_ranks(attempt, WORKERS, other, prepared):
+        assert answer.startswith("CheckpointError")
+        assert "parameters there" in answer
+        assert "model.layers.1." in answer
 
 
 def test_export_refuses_a_folder_that_is_not_empty(run: Config, tmp_path: Path) -> None:

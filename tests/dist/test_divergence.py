@@ -7,17 +7,13 @@ from typing import Any
 
 from raymodels.config import Config
 from raymodels.errors import TrainingError
-from raymodels.testing import run_ranks
-from raymodels.train.meter import Phases
+from raymodels.testing import run_ranks, train_here
 from tests.conftest import altered
 
 
 def ending(config: Config, prepared: str) -> str:
-    from raymodels.train import loop
-
-    session = loop.open_session(config, prepared, 0, Phases())
     try:
-        loop.train(session, Phases(), lambda metrics: None)
+        train_here(config, prepared)
     except TrainingError as error:
         return str(error)
     return "finished"

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from raymodels.config import Config
-from raymodels.testing import run_ranks
-from raymodels.train.meter import Phases
+from raymodels.testing import run_ranks, train_here
 from tests.conftest import altered
 
 STEPS = 20
@@ -16,13 +15,7 @@ TOLERANCE = 1e-5
 
 
 def losses(config: Config, prepared: str) -> list[float]:
-    from raymodels.train import loop
-
-    reports: list[dict[str, Any]] = []
-    phases = Phases()
-    session = loop.open_session(config, prepared, 0, phases)
-    loop.train(session, phases, reports.append)
-    return [report["loss"] for report in reports]
+    return [report["loss"] for report in train_here(config, prepared)[1]]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +51,14 @@ def test_every_factoring_gives_the_same_losses(
     found = setting(workers, data={"pack": False}, train={"micro_batch": micro_batch})
     for rank in found:
         assert rank == pytest.approx(reference[False], abs=TOLERANCE)
+
+
+def test_workers_that_do_not_divide_the_global_batch_give_the_same_losses(
+    setting: Any, reference: dict[bool, list[float]]
+) -> None:
+    for pack in (True, False):
+        for rank in setting(3, data={"pack": pack}, train={"micro_batch": 2}):
+            assert rank == pytest.approx(reference[pack], abs=TOLERANCE)
 
 
 def test_losses_fall(reference: dict[bool, list[float]]) -> None:
