@@ -1,44 +1,74 @@
-"""The run's record: events.jsonl, and the same scalars for TensorBoard."""
+"""Where a run's events go: its journal, its ledger, TensorBoard, Prometheus, and whoever watches."""
 
 from __future__ import annotations
 
-import json
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
-
 from raymodels import storage
+from raymodels.errors import StorageError
+from raymodels.journal import Journal, read
+from raymodels.ledger import Account, Ledger
+from raymodels.train import gauges
+from raymodels.train.board import Board
 
 Event = dict[str, Any]
 
-SCALARS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "model_flops_per_second")
-
 
 class Events:
-    """Appends events to a run directory and passes them on; the end and its cause are recorded on leaving."""
+    """Takes a driver's events, from any thread. Leaving it by an error records that as ``failed``, if nobody has.
+
+    Storage that fails does not end the training: events wait in memory for the next one, and for the end.
+    """
 
     def __init__(self, run: str, on_event: Callable[[Event], None] | None) -> None:
-        self._file = storage.join(run, "events.jsonl")
-        self._board = SummaryWriter(storage.join(run, "tensorboard"))
+        self._name = storage.name(run)
         self._on_event = on_event
+        self._lock = threading.RLock()
+        self._ledger, self._driver = Ledger(), 1
+        for event in read(run).events:
+            self._ledger.add(event)
+            self._driver = max(self._driver, event.get("driver", 0) + 1)
+        self._journal = Journal(run)
+        self._board = Board(run)
+        self._failed = self._warned = False
 
     def __call__(self, event: Event) -> None:
-        event = {"time": round(time.time(), 3), **event}
-        storage.append(self._file, (json.dumps(event) + "\n").encode())
-        if event["kind"] == "report":
-            self._chart(event)
-        if self._on_event:
-            self._on_event(event)
+        with self._lock:
+            event = {"time": round(time.time(), 3), "driver": self._driver, **event}
+            self._ledger.add(event)
+            self._write(event)
+            if event["kind"] == "report":
+                self._board.chart(event)
+            gauges.show(self._name, event, self.account)
+            if event["kind"] in ("started", "failed"):
+                self._failed = event["kind"] == "failed"
+            if self._on_event:
+                self._on_event(event)
 
-    def _chart(self, report: Event) -> None:
-        for name in SCALARS:
-            if name in report:
-                self._board.add_scalar(name, report[name], report["step"])
-        for rank, held in enumerate(report["memory_bytes"]):
-            self._board.add_scalar(f"memory_bytes/rank{rank}", held, report["step"])
+    @property
+    def account(self) -> Account:
+        """Of the whole run so far, with what earlier drivers recorded."""
+        with self._lock:
+            return self._ledger.account()
+
+    @property
+    def attempt(self) -> int:
+        """The number of the newest attempt of the run; 0 before the first."""
+        attempts = self.account.attempts
+        return attempts[-1].number if attempts else 0
+
+    def _write(self, event: Event) -> None:
+        try:
+            self._journal.append(event)
+            self._warned = False
+        except StorageError as error:
+            if not self._warned and self._on_event:
+                self._on_event({"kind": "notice", "text": f"{error}: training goes on, its events wait in memory"})
+            self._warned = True
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +76,11 @@ class Events:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self({"kind": "failed", "error": kind.__name__, "message": str(error)})
-        self._board.close()
+        if kind is not None and not self._failed:
+            self({"kind": "failed", "error": kind.__name__, "message": str(error), "retry": False})
+        try:
+            self._journal.flush()
+            self._board.close()
+        except StorageError:
+            if error is None:  # else the run's own error is the one to show
+                raise
