@@ -9,7 +9,10 @@ RaymodelsError                  something the user can act on; the message names
 ├── IntegrityError              a file is missing or differs from its recorded checksum
 ├── RegistryError               a model, version or alias is unknown, or an update lost a race
 ├── ClusterError                the cluster is unreachable or too small
-├── TrainingError               a worker failed; the worker's own traceback is in the message
+├── RunInUse                    another driver is training into the run directory
+├── TrainingError               a worker failed; names its rank, the cause and the remedy
+│   └── Diverged                the loss is no number or grows; carries what to go back to, if anything
+├── Stopped                     a run was asked to stop, and did so with all its steps committed
 ├── ServeError                  an endpoint could not be started
 ├── JobError                    a submitted job failed or was stopped
 └── ClientError                 a call to an endpoint did not succeed
@@ -65,8 +68,33 @@ class ClusterError(RaymodelsError):
     exit_code = 2
 
 
+class RunInUse(RaymodelsError):
+    exit_code = 2
+
+
 class TrainingError(RaymodelsError):
     pass
+
+
+class Diverged(TrainingError):
+    """The loss is no number, or has been too high for too long. Steps are counted from 0.
+
+    Args:
+        back_to: how many steps to keep: go on from a checkpoint after at most so many; none ends the run.
+        drop: the first and the last step whose batches to drop then.
+    """
+
+    def __init__(self, message: str, back_to: int | None = None, drop: tuple[int, int] | None = None) -> None:
+        super().__init__(message, back_to, drop)  # all of them, so that it survives pickling
+        self.back_to = back_to
+        self.drop = drop
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Stopped(RaymodelsError):
+    exit_code = 143  # what a shell calls an end by SIGTERM
 
 
 class ServeError(RaymodelsError):

@@ -5,16 +5,18 @@ Every default and its meaning stands here and nowhere else; unknown keys are err
 """
 
 from raymodels.config.files import from_yaml, load, to_yaml
-from raymodels.config.plain import difference, dump, validate
+from raymodels.config.plain import changed_settings, difference, dump, validate
 from raymodels.config.serving import AutoscalingConfig, EngineConfig, HttpConfig, ModelServeConfig, ServeConfig
 from raymodels.config.training import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DivergenceConfig,
     EvalConfig,
     ModelConfig,
     OffloadConfig,
     PublishConfig,
+    RetryConfig,
     RunConfig,
     TaskConfig,
     TokenizerConfig,
@@ -28,6 +30,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DivergenceConfig",
     "EngineConfig",
     "EvalConfig",
     "HttpConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "ModelServeConfig",
     "OffloadConfig",
     "PublishConfig",
+    "RetryConfig",
     "RunConfig",
     "ServeConfig",
     "TaskConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "WorkersConfig",
     "ZeroConfig",
+    "changed_settings",
     "difference",
     "dump",
     "from_yaml",

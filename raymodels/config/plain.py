@@ -34,7 +34,16 @@ def dump(config: BaseModel) -> dict[str, Any]:
 
 def difference(old: Config, new: Config) -> list[str]:
     """What differs in meaning, one ``section.key: old -> new`` a line."""
-    before, after = _flat(old.meaning()), _flat(new.meaning())
+    return _changes(old.meaning(), new.meaning())
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """What differs at all, in the same form."""
+    return _changes(dump(old), dump(new))
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = _flat(old), _flat(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from raymodels.config.section import Name, Positive, Section
 
-# Where things lie, not what they are: may differ between two starts of one run.
-PLACES: dict[str, Any] = {"run": {"storage"}, "data": {"prepared"}, "registry": True, "publish": True}
+# Where things lie, on what the run runs and how it is watched over: these shape no result, and may differ between two
+# starts of one run. A checkpoint fits any number of workers and any ZeRO stage.
+NOT_MEANING: dict[str, Any] = {
+    "run": {"storage"},
+    "data": {"prepared"},
+    "train": {"micro_batch", "activation_checkpointing", "report_every", "on_divergence", "divergence"},
+    "zero": True,
+    "workers": True,
+    "checkpoint": True,
+    "eval": True,
+    "retry": True,
+    "registry": True,
+    "publish": True,
+}
 
 
 class RunConfig(Section):
@@ -91,6 +104,19 @@ class ModelConfig(Section):
         return self
 
 
+class DivergenceConfig(Section):
+    """When a loss counts as diverged, and how far a remedy may go. A loss that is no number counts at once."""
+
+    factor: float = Field(2.0, gt=1, description="diverged is a loss over this many times the running median")
+    patience: Positive = Field(10, description="for so many steps in a row; skip acts on the first")
+    window: int = Field(
+        50, ge=5, description="steps that the median is of; before so many and in warm-up none diverges"
+    )
+    max_skips: Positive = Field(10, description="batches that a run may drop with skip; one more stops it")
+    rollback_steps: Positive = Field(100, description="how far to go back before the first diverged step")
+    max_rollbacks: Positive = Field(2, description="in a run; one more stops it")
+
+
 class TrainConfig(Section):
     """The optimisation. Gradient accumulation follows from the batch sizes and the workers."""
 
@@ -108,6 +134,12 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
     report_every: Positive = Field(10, description="steps between reports to the driver")
+    on_divergence: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="what to do about a loss that diverges or is no number: end the run; go back to a checkpoint "
+        "before it and drop that batch; or go back further and drop all batches since it began",
+    )
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
     def _warmup(self) -> Self:
@@ -183,21 +215,83 @@ class ZeroConfig(Section):
 class WorkersConfig(Section):
     """The worker group: one process, one rank, per worker."""
 
-    count: Positive
+    count: Positive | tuple[Positive, Positive] = Field(
+        description="how many; [least, most] makes the run elastic: it takes what the cluster has, and what comes later"
+    )
     cpus: float = Field(1, gt=0, description="CPU cores per worker")
     gpus: int = Field(0, ge=0, le=1, description="GPUs per worker; 0 trains on CPU over gloo, 1 on CUDA over NCCL")
+    device_memory: ByteSize | None = Field(
+        None,
+        description="a worker's, of its GPU or of its share of the host, such as 80GB; for the plan, none: unknown",
+    )
     start_timeout_s: float = Field(300, gt=0, description="how long to wait for the cluster to hold all workers")
     collective_timeout_s: float = Field(1800, gt=0, description="after which a stuck collective ends the run")
+    resize_after_s: float = Field(60, ge=0, description="how long there must be room for more before a run grows")
+
+    @field_validator("count", mode="before")
+    @classmethod
+    def _one_or_two(cls, count: Any) -> Any:
+        if isinstance(count, (list, tuple)) and len(count) != 2:
+            raise ValueError(f"{list(count)} is no range: give one number of workers, or [least, most]")
+        return count
+
+    @property
+    def least(self) -> int:
+        return self.count[0] if isinstance(self.count, tuple) else self.count
+
+    @property
+    def most(self) -> int:
+        return self.count[1] if isinstance(self.count, tuple) else self.count
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.least > self.most:
+            raise ValueError(f"count [{self.least}, {self.most}]: the least number of workers comes first")
+        return self
 
 
 class CheckpointConfig(Section):
-    every: Positive = Field(100, description="steps between checkpoints; the last step always makes one")
+    every: int | str = Field(
+        100,
+        description="steps; or time, such as 90s, 10m or 2h; or auto, from what a save costs and how often runs fail. "
+        "The last step always makes one",
+    )
     keep: Positive = Field(3, description="how many committed checkpoints to keep, the newest ones")
+    retry_s: float = Field(120, ge=0, description="for how long to try a save again that storage refuses")
+
+    @field_validator("every")
+    @classmethod
+    def _interval(cls, every: int | str) -> int | str:
+        steps = isinstance(every, int) and every > 0
+        if not steps and not re.fullmatch(r"auto|(?=.*[1-9])[0-9]+(\.[0-9]+)?[smh]", str(every)):
+            raise ValueError(
+                f"{every!r} is no interval: give steps such as 100, a time such as 90s, 10m or 2h, or auto"
+            )
+        return every
 
 
 class EvalConfig(Section):
     every: Positive = Field(100, description="steps between evaluations; the last step always makes one")
     samples: Positive | None = Field(None, description="held-out samples per evaluation; none takes all")
+
+
+Retries = Annotated[int, Field(ge=0)] | Literal["always"]
+
+
+class RetryConfig(Section):
+    """How often a run starts again by itself, from its last checkpoint, after each class of fault.
+
+    What would only happen again is never tried again and has no setting: a bug, a setting that cannot work, a
+    checkpoint that does not fit, storage that refuses access. For a diverged loss see ``train.on_divergence``.
+    """
+
+    lost_node: Retries = Field(10, description="a node died or is out of reach")
+    worker_killed: Retries = Field(3, description="a worker's process was killed or crashed, its node lives")
+    preemption: Retries = Field("always", description="the provider took a node back, with notice")
+    hang: Retries = Field(3, description="a rank stood still or skipped a collective")
+    storage: Retries = Field(3, description="storage failed: full, unreachable, an input or output error")
+    out_of_memory: Retries = Field(0, description="of a host or a GPU: most would only run out again")
+    data: Retries = Field(0, description="a sample could not be read")
 
 
 class PublishConfig(Section):
@@ -219,17 +313,17 @@ class Config(Section):
     workers: WorkersConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    retry: RetryConfig = RetryConfig()
     registry: str = Field("./registry", description="folder or bucket of published model versions")
     publish: PublishConfig | None = Field(None, description="none leaves the run's checkpoints unpublished")
 
     @model_validator(mode="after")
     def _across(self) -> Self:
         train, workers = self.train, self.workers
-        per_pass = train.micro_batch * workers.count
-        if train.global_batch % per_pass:
+        if workers.most > train.global_batch:
             raise ValueError(
-                f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} "
-                f"x workers.count {workers.count} = {per_pass}"
+                f"train.global_batch {train.global_batch} has no sample for each of workers.count {workers.most}: "
+                "raise the first or lower the second"
             )
         limit = self.model.max_positions
         if limit is not None and self.data.seq_len > limit:
@@ -240,10 +334,10 @@ class Config(Section):
             raise ValueError("train.precision fp16 needs workers.gpus 1: use fp32 on CPU")
         return self
 
-    @property
-    def accumulation(self) -> int:
-        """Micro batches that one worker adds up in one optimizer step."""
-        return self.train.global_batch // (self.train.micro_batch * self.workers.count)
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches that each of so many workers adds up in one optimizer step, perhaps with empty rows."""
+        per_worker = -(-self.train.global_batch // world_size)
+        return -(-per_worker // self.train.micro_batch)
 
     @property
     def place(self) -> str:
@@ -252,7 +346,7 @@ class Config(Section):
 
     def meaning(self) -> dict[str, Any]:
         """The part that shapes the result, as plain data; places do not."""
-        return self.model_dump(mode="json", by_alias=True, exclude=PLACES)
+        return self.model_dump(mode="json", by_alias=True, exclude=NOT_MEANING)
 
     def digest(self) -> str:
         """SHA-256 of the meaning."""

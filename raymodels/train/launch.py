@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from raymodels import storage
 from raymodels.checkpoint import layout
-from raymodels.cluster import connect, wait_for_room
-from raymodels.config import Config, difference, dump, from_yaml, to_yaml
+from raymodels.config import Config, changed_settings, difference, dump, from_yaml, to_yaml
 from raymodels.data.dataset import Prepared
 from raymodels.data.prepare import prepare
-from raymodels.errors import AlreadyExists, ConfigError, RaymodelsError, TrainingError
+from raymodels.errors import AlreadyExists, ConfigError, Diverged, Stopped
 from raymodels.models.build import architecture
 from raymodels.publish import publish
 from raymodels.registry import PREFIX, Registry, Version
-from raymodels.train import zero
+from raymodels.train import signals, zero
+from raymodels.train.attempt import Evidence, run_attempt
+from raymodels.train.divergence import go_back
 from raymodels.train.events import Event, Events
+from raymodels.train.faults import classify, write_log
 from raymodels.train.origin import starting_point
-from raymodels.train.relay import relay
-from raymodels.train.worker import work
+from raymodels.train.ownership import Owner
+from raymodels.train.planner import preflight
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,16 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
         ClusterError: the cluster cannot hold the workers.
         TrainingError: a worker failed.
     """
-    zero.deepspeed_config(config)
+    zero.deepspeed_config(config, config.workers.most)
     prepared = prepare_data(config, on_event)
     config = resolved(config)
-    _own(config)
-    with Events(config.place, on_event) as events:
+    with Owner(config.place), Events(config.place, on_event) as events:
+        _own(config, events)
         events(_described(prepared))
-        phases: dict[str, float] = {}
+        preflight(config, events)
         found = layout.latest(config.place)
-        if found is None or found.step < config.train.steps:
-            layout.sweep(config.place)
-            events({"kind": "started", "resumed_from_step": found.step if found else 0, "steps": config.train.steps})
-            phases = _fit(config, prepared, events, evaluate_only=False).get("phases", {})
+        finished = found is not None and found.step >= config.train.steps
+        phases = {} if finished else _attempts(config, prepared, events)
         checkpoint = layout.open_checkpoint(config.place)
         assert checkpoint.step == config.train.steps, checkpoint
         version = publish(config, checkpoint) if config.publish else None
@@ -86,7 +85,12 @@ def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) ->
     config = resolved(config)
     layout.open_checkpoint(config.place)
     _refuse_another(config)
-    report = _fit(config, prepare_data(config, on_event), on_event or _ignore, evaluate_only=True)
+    prepared, history = prepare_data(config, on_event), {"failures": 0, "seconds": 0.0, "started": time.time()}
+    evidence, on_event = Evidence(), on_event or _ignore
+    try:
+        report = run_attempt(config, prepared.place, 0, history, on_event, evidence, evaluate_only=True)
+    except Exception as error:
+        raise classify(error, evidence, config.retry, Counter()).error from error
     return {"step": report["step"], "eval_loss": report["eval_loss"]}
 
 
@@ -136,15 +140,71 @@ def _described(prepared: Prepared) -> Event:
     }
 
 
-def _own(config: Config) -> None:
+def _attempts(config: Config, prepared: Prepared, events: Events) -> dict[str, float]:
+    """Attempt after attempt until the last step is committed; returns the start-up's seconds of the first."""
+    phases: dict[str, float] = {}
+    failed_before: Counter[str] = Counter()
+    while True:
+        number = events.attempt + 1
+        signals.forget(config.place)
+        layout.sweep(config.place)
+        found = layout.latest(config.place)
+        workers = [config.workers.least, config.workers.most]
+        events(
+            {
+                "kind": "started",
+                "attempt": number,
+                "resumed_from_step": found.step if found else 0,
+                "steps": config.train.steps,
+                "workers": workers,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+        )
+        account, evidence = events.account, Evidence()
+        history = {"failures": account.restarts, "seconds": account.wall, "started": account.attempts[-1].started}
+        try:
+            report = run_attempt(config, prepared.place, number, history, events, evidence)
+            left = report.get("left")
+        except Exception as error:
+            fault = classify(error, evidence, config.retry, failed_before)
+            write_log(config.place, number, fault)
+            events(_failure(number, fault.kind, fault.cause, fault.remedy, fault.retry))
+            if not fault.retry:
+                raise fault.error from error
+            if isinstance(fault.error, Diverged):
+                go_back(config.place, fault.error)
+            failed_before[fault.kind] += 1
+            continue
+        phases = phases or report["phases"]
+        if left is None:
+            return phases
+        if left == "terminated":
+            raise Stopped(f"asked to stop (SIGTERM) after step {report['step']}, which is committed: start it again")
+        events(_failure(number, LEFT[left], f"left after step {report['step']}, having saved", "none needed", True))
+
+
+# What the ledger calls the reasons for which workers leave early.
+LEFT = {"preempted": "preemption", "resized": "resize"}
+
+
+def _failure(number: int, fault: str, cause: str, remedy: str, retry: bool) -> Event:
+    return {"kind": "failed", "attempt": number, "fault": fault, "cause": cause, "remedy": remedy, "retry": retry}
+
+
+def _own(config: Config, events: Events) -> None:
     """Write the run's config.yaml, or see that the one there means the same."""
+    place = storage.join(config.place, "config.yaml")
     try:
-        storage.create(storage.join(config.place, "config.yaml"), to_yaml(config).encode())
+        storage.create(place, to_yaml(config).encode())
     except AlreadyExists:
-        _refuse_another(config)
+        recorded = _refuse_another(config)
+        if changed := changed_settings(recorded, config):
+            events({"kind": "notice", "text": f"since the last start: {'; '.join(changed)}"})
+            storage.write_bytes(place, to_yaml(config).encode())
 
 
-def _refuse_another(config: Config) -> None:
+def _refuse_another(config: Config) -> Config:
     place = storage.join(config.place, "config.yaml")
     recorded = from_yaml(storage.read_bytes(place).decode(), place)
     if changed := difference(recorded, config):
@@ -152,60 +212,7 @@ def _refuse_another(config: Config) -> None:
             f"run {config.run.name} in {config.run.storage} has another config ({'; '.join(changed)}): "
             "undo that, or give this one another run.name"
         )
-
-
-def _fit(config: Config, prepared: Prepared, on_event: Callable[[Event], None], *, evaluate_only: bool) -> Event:
-    """Run the workers to their end; returns everything they reported, later values over earlier ones."""
-    connect()
-    wait_for_room(config.workers, lambda text: on_event({"kind": "notice", "text": text}))
-    merged: Event = {}
-
-    def on_report(report: Event) -> None:
-        merged.update(report)
-        on_event({"kind": "report", **report})
-
-    # A process of Ray's that tells of preemptions, to which nothing listens yet.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    job = {"config": dump(config), "prepared": prepared.place, "started": time.time(), "evaluate_only": evaluate_only}
-    with relay(on_report) as callback:
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=job,
-            torch_config=TorchConfig(
-                backend="nccl" if config.workers.gpus else "gloo", timeout_s=int(config.workers.collective_timeout_s)
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers.count,
-                use_gpu=config.workers.gpus > 0,
-                resources_per_worker={"CPU": config.workers.cpus, "GPU": config.workers.gpus},
-            ),
-            run_config=RunConfig(
-                name=f"start-{int(time.time() * 1000)}",  # ours resumes, not Ray's
-                storage_path=storage.join(config.place, "ray"),
-                failure_config=FailureConfig(max_failures=0),
-                callbacks=[callback],
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-        except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
-            raise KeyboardInterrupt from error
-    return merged
-
-
-def _cause(error: TrainingFailedError) -> RaymodelsError:
-    """Our own error where a worker raised one, else the first failed rank's traceback."""
-    if not isinstance(error, WorkerGroupError):
-        return TrainingError(str(error))
-    rank, failure = min(error.worker_failures.items())
-    for failure in error.worker_failures.values():
-        original = getattr(failure, "_base_exc", failure)
-        if isinstance(original, RaymodelsError):
-            return original
-    return TrainingError(f"rank {rank} failed: {failure}")
+    return recorded
 
 
 def _ignore(event: Event) -> None:

@@ -23,6 +23,7 @@ from raymodels.data.order import digest, sample_ids, shard
 from raymodels.errors import StorageError, TrainingError
 from raymodels.models.build import architecture, flops_per_token, parameter_count
 from raymodels.tasks import Task, task
+from raymodels.train.divergence import Divergence, dropped
 from raymodels.train.engine import join_process_group, make_engine, make_model, write_assets
 from raymodels.train.interval import Interval
 from raymodels.train.meter import Meter, Phases, peak_memory_bytes
@@ -45,6 +46,7 @@ class Session:
     held_out: Split
     engine: Any
     state: layout.State
+    policy: Divergence
     saver: Saver
     flops_per_token: float
 
@@ -81,6 +83,7 @@ def open_session(config: Config, prepared_place: str, phases: Phases, warn: Call
         held_out=held_out,
         engine=engine,
         state=state,
+        policy=Divergence(config.train, dropped(config.place)),
         saver=Saver(engine, config, assets),
         flops_per_token=flops_per_token(shape, parameter_count(shape), seq_len),
     )
@@ -97,7 +100,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
 
     Raises:
         StorageError: the last checkpoint could not be saved.
-        TrainingError: the loss is not a number.
+        Diverged: the loss is no number, or too high for too long.
     """
     config, settings, begin = session.config, session.config.train, session.state.step
     meter, tokens, metrics = Meter(session.flops_per_token), session.state.tokens, dict(session.state.metrics)
@@ -106,19 +109,22 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         first, done, phases.step = step == begin, step + 1, step
         with phases("first_step" if first else "step"), meter.step() as timed:
             taken = optimizer_step(session, step, phases, Votes(interval.due(done, time.time()), signals.heard()))
-            timed.tokens = int(taken.weight)
-        tokens += int(taken.weight)
+            timed.tokens = taken.weight
+        start_up = phases.start_up() if first else {}
+        tokens += taken.weight
         samples.append(taken.samples)
+        if taken.weight:  # else its batch was dropped
+            decision = session.policy.judge(step, taken.loss, taken.grad_norm)
+            if decision.action != "go_on":
+                raise decision.error()
+            metrics |= {"loss": taken.loss, "grad_norm": taken.grad_norm}
 
         last = done == settings.steps or taken.leave is not None
         evaluate_now = done == settings.steps or done % config.eval.every == 0
         save_now = last or taken.save
         if not (evaluate_now or save_now or first or done % settings.report_every == 0):
             continue
-        metrics |= {"loss": summed(taken.loss, session.device) / taken.weight, **meter.read()}
-        metrics |= {"learning_rate": learning_rate(settings, step), "grad_norm": taken.grad_norm}
-        if not math.isfinite(metrics["loss"]):
-            raise TrainingError(f"the loss is {metrics['loss']} at step {done}: lower train.lr or raise warmup_steps")
+        metrics |= {"learning_rate": learning_rate(settings, step), **meter.read()}
         if evaluate_now:
             with phases("evaluation"):
                 metrics["eval_loss"] = evaluate(session, phases)
@@ -141,10 +147,11 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
                 "world_size": dist.get_world_size(),
                 "memory_bytes": peak_memory_bytes(session.device),
                 "saves": [vars(outcome) for outcome in saved],
+                "at": time.time(),
                 "seconds": phases.take(),
                 "left": taken.leave,
             }
-            | ({"phases": phases.start_up} if first else {})
+            | ({"phases": start_up} if start_up else {})
         )
         samples = []
         if last and saved[-1].error:
@@ -164,12 +171,13 @@ class Votes:
 
 @dataclass(frozen=True)
 class Taken:
-    """One optimizer step as taken by all ranks: this rank's summed ``loss``, the rest over all of them.
+    """One optimizer step as taken by all ranks. ``weight`` is 0 if its batch was dropped.
 
-    ``samples`` is the digest of the sample ids that were really fed, in hexadecimal; see `raymodels.data.order.digest`.
+    ``loss`` is the mean over the global batch. ``samples`` is the digest of the sample ids that were really fed, in
+    hexadecimal; see `raymodels.data.order.digest`.
     """
 
-    loss: torch.Tensor
+    loss: float
     weight: int
     grad_norm: float
     samples: str
@@ -188,12 +196,16 @@ def optimizer_step(session: Session, step: int, phases: Phases, votes: Votes) ->
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with phases("data"):
         ids = sample_ids(config.run.seed, step, config.train.global_batch, len(session.samples))
+        if session.policy.drops(step):
+            ids = ids[:0]
         mine, places = shard(ids, rank, world_size)
         filled = fill_up(mine, config.train.micro_batch, config.accumulation(world_size))
         batches = _on(session.device, micro_batches(session.samples, filled, config.train.micro_batch))
     with phases("weigh"):
         mine_weighs = sum(map(objective.weight, batches))
         weight, samples, save, leave = _agree(session, mine_weighs, digest(mine, places), votes)
+    if not weight:
+        return Taken(math.nan, 0, 0.0, f"{samples:016x}", save, leave)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step)
     torch.manual_seed((config.run.seed << 32) + step * world_size + rank)  # of dropout
@@ -208,7 +220,8 @@ def optimizer_step(session: Session, step: int, phases: Phases, votes: Votes) ->
         total += loss.detach()
     with phases("settle"):  # here a GPU's host waits for it
         norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
-    return Taken(total, weight, norm, f"{samples:016x}", save, leave)
+        mean = summed(total, session.device) / weight
+    return Taken(mean, weight, norm, f"{samples:016x}", save, leave)
 
 
 def _agree(session: Session, weight: int, samples: int, votes: Votes) -> tuple[int, int, bool, Reason | None]:

@@ -22,6 +22,7 @@ KINDS = {
     "settle": "step",
     "report": "other",
 }
+START_UP = ("worker_start", "imports", "data", "model", "engine", "restore")
 MARKS = {"imports": "start", "model": "start", "engine": "start", "first_step": "step", "blocked_by_save": "save"}
 
 
@@ -35,7 +36,7 @@ class Phases:
     step: int | None = None  # that the loop is at
 
     def __init__(self, heart: Heart | None = None) -> None:
-        self.start_up: dict[str, float] = {}
+        self._all: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._open: list[tuple[str, float]] = []
         self._heart = heart
@@ -43,7 +44,7 @@ class Phases:
 
     def add(self, name: str, seconds: float) -> None:
         """Seconds that passed before this was made."""
-        self.start_up[name] = self._seconds[name] = seconds
+        self._all[name] = self._seconds[name] = seconds
         self._since -= seconds
 
     @contextmanager
@@ -57,12 +58,22 @@ class Phases:
         whole = time.perf_counter() - start
         _, within = self._open.pop()
         taken[0] = whole
-        for seconds in (self._seconds, self.start_up):
+        for seconds in (self._seconds, self._all):
             seconds[name] = seconds.get(name, 0.0) + whole - within
         if self._open:
             outer, before = self._open[-1]
             self._open[-1] = (outer, before + whole)
             self._mark(outer)
+
+    def start_up(self) -> dict[str, float]:
+        """The seconds of each phase of the start-up; to be asked for after the first step."""
+        taken = {name: self._all.get(name, 0.0) for name in START_UP}
+        return taken | {"first_step": sum(self._all.values()) - sum(taken.values())}
+
+    def where(self) -> str:
+        """The step and phase that a rank is at, in words."""
+        step = "before the first step" if self.step is None else f"step {self.step + 1}"
+        return f"{step}, phase {self._open[-1][0]}" if self._open else step
 
     def going_on(self) -> None:
         """Tell the heart that the phase makes progress."""

@@ -4,31 +4,72 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raymodels.train.meter import Phases
 
 
 def work(job: dict[str, Any]) -> None:
     """What `ray.train.torch.TorchTrainer` runs on every worker.
 
     Args:
-        job: ``config`` as plain data, ``prepared`` (a place), ``started`` (unix seconds), and ``evaluate_only``.
+        job: ``config`` as plain data, ``prepared`` (a place), ``attempt``, ``started`` (unix seconds), ``beats`` (the
+            folder of `Heart`), ``failures`` and ``seconds`` of the run before this attempt, and ``evaluate_only``.
     """
     import ray.train
 
-    from raymodels.config import Config, validate
+    from raymodels.train.failure import telling
+    from raymodels.train.heartbeat import Heart
     from raymodels.train.meter import Phases
 
-    phases = Phases()
-    phases.seconds["worker_start"] = time.time() - job["started"]
+    context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
+    heart = Heart(job["beats"], context.get_world_rank(), context.get_world_size(), node)
+    phases = Phases(heart)
+    phases.add("worker_start", time.time() - job["started"])
+    try:
+        with telling(context.get_world_rank(), node, phases.where):
+            _train(job, phases, context.get_world_size())
+    finally:
+        heart.at("ending")
+
+
+def _train(job: dict[str, Any], phases: Phases, world_size: int) -> None:
+    import ray.train
+
+    from raymodels.config import Config, validate
+
     config = validate(job["config"], Config)
     os.environ["DS_ACCELERATOR"] = "cuda" if config.workers.gpus else "cpu"  # DeepSpeed decides when it is imported
     with phases("imports"):
         import torch
 
         from raymodels.train import loop
+        from raymodels.train.interval import Interval
+        from raymodels.train.signals import Signals
     torch.set_num_threads(max(1, int(config.workers.cpus)))
-    session = loop.open_session(config, job["prepared"], ray.train.get_context().get_local_rank(), phases)
+    warnings: list[str] = []
+    session = loop.open_session(config, job["prepared"], phases, warnings.append)
+
+    def report(news: dict[str, Any]) -> None:
+        with phases("report"):
+            ray.train.report(news | {"warnings": warnings.copy()})
+        warnings.clear()
+
     if job["evaluate_only"]:
-        ray.train.report({"step": session.state.step, "eval_loss": loop.evaluate(session), "memory_bytes": 0})
-    else:
-        loop.train(session, phases, ray.train.report)
+        report({"step": session.state.step, "eval_loss": loop.evaluate(session, phases), "memory_bytes": 0})
+        return
+    interval = Interval(config.checkpoint.every, world_size, job["failures"], job["seconds"], time.time())
+    with Signals(config.place, job["attempt"], _preempted) as signals:
+        loop.train(session, phases, report, signals, interval)
+
+
+def _preempted() -> bool:
+    """Whether Ray has told this rank of a preemption.
+
+    `ray.train.get_preemption_info` is a barrier of all ranks through an actor. The loop agrees in a collective that it
+    does anyway, so this looks at the rank's own copy of the notice.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None

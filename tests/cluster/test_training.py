@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from raymodels import storage
 from raymodels.checkpoint import layout
 from raymodels.config import Config
-from raymodels.errors import ClusterError, ConfigError, TrainingError
+from raymodels.errors import ClusterError, ConfigError, RaymodelsError, RunInUse
 from raymodels.registry import Registry
 from tests.conftest import altered
 
@@ -49,7 +50,8 @@ def test_a_run_ends_with_a_checkpoint_a_version_and_its_record(finished: Any) ->
     assert all(len(event["memory_bytes"]) == 2 for event in events if event["kind"] == "report")
     recorded = [json.loads(line) for line in storage.read_bytes(f"{result.place}/events.jsonl").splitlines()]
     assert recorded == [event for event in events if event["kind"] != "preparing"]
-    assert [event["kind"] for event in recorded if event["kind"] != "report"] == ["prepared", "started", "finished"]
+    kinds = [event["kind"] for event in recorded if event["kind"] != "report"]
+    assert kinds == ["prepared", "started", "saved", "saved", "finished"]
     assert storage.list_names(f"{result.place}/tensorboard")
 
 
@@ -90,12 +92,22 @@ def test_a_run_starts_from_a_version_pinned_to_its_number(finished: Any, tiny: d
     assert second.metrics["eval_loss"] == pytest.approx(first.metrics["eval_loss"], abs=0.05)
 
 
-def test_a_killed_worker_ends_the_run_and_the_next_start_resumes(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_workers_and_stage(finished: Any, tiny: dict[str, Any]) -> None:
     from raymodels.train.launch import train
 
-    steps = 100
-    often = {"checkpoint": {"every": 5}, "eval": {"every": steps}}
-    config = altered(tiny, tmp_path, train={"steps": steps, "report_every": steps}, **often)
+    config, result, _ = finished
+    other = altered(tiny, Path(config.run.storage), workers={"count": 1}, zero={"stage": 3}, registry=config.registry)
+    again = train(other)
+    assert again.checkpoint == result.checkpoint
+
+
+def test_a_killed_worker_costs_only_time(tiny: dict[str, Any], tmp_path: Path) -> None:
+    from raymodels.checkpoint.shards import Shards
+    from raymodels.train.launch import train
+
+    steps = 60
+    sections = {"checkpoint": {"every": 5}, "eval": {"every": steps}, "train": {"steps": steps, "report_every": 5}}
+    config = altered(tiny, tmp_path / "killed", **sections)
 
     def kill_one_after_two_checkpoints() -> None:
         while len(layout.committed(config.place)) < 2:
@@ -104,22 +116,54 @@ def test_a_killed_worker_ends_the_run_and_the_next_start_resumes(tiny: dict[str,
 
     killer = threading.Thread(target=kill_one_after_two_checkpoints, daemon=True)
     killer.start()
-    with pytest.raises(TrainingError):
-        train(config)
-    killer.join()
-    newest = layout.latest(config.place)
-    assert newest and 0 < newest.step < steps
     events: list[dict[str, Any]] = []
-    resumed = train(config, events.append)
-    assert resumed.checkpoint.step == steps
-    [started] = [event for event in events if event["kind"] == "started"]
-    assert started["resumed_from_step"] == newest.step
+    disturbed = train(config, events.append)
+    killer.join()
+    [failed] = [event for event in events if event["kind"] == "failed"]
+    assert (failed["fault"], failed["retry"]) == ("worker_killed", True)
+    first, second = [event for event in events if event["kind"] == "started"]
+    assert (first["attempt"], second["attempt"]) == (1, 2)
+    assert 0 < second["resumed_from_step"] < steps
+    assert "worker_killed" in storage.read_bytes(f"{config.place}/log/attempt-1.txt").decode()
+    undisturbed = train(altered(tiny, tmp_path / "peace", **sections))
+    found, expected = (Shards(result.checkpoint.place) for result in (disturbed, undisturbed))
+    for name in expected.shapes:
+        assert (found.weight(name) == expected.weight(name)).all(), name
+    digests = {}
+    for event in events:
+        if event["kind"] == "report":
+            first_step = event["step"] - len(event["samples"])
+            digests |= {first_step + index: sample for index, sample in enumerate(event["samples"])}
+    assert sorted(digests) == list(range(steps))
+
+
+def test_a_bug_is_not_tried_again(tiny: dict[str, Any], tmp_path: Path, tiny_model_dir: Path) -> None:
+    from raymodels.train.launch import train
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir, broken)
+    (broken / "model.safetensors").write_bytes(b"no model")
+    config = altered({**tiny, "model": {"from": str(broken)}}, tmp_path)
+    events: list[dict[str, Any]] = []
+    with pytest.raises(RaymodelsError):
+        train(config, events.append)
+    [failed] = [event for event in events if event["kind"] == "failed"]
+    assert not failed["retry"]
+
+
+def test_a_second_driver_is_refused_with_the_first_ones_process(tiny: dict[str, Any], tmp_path: Path) -> None:
+    from raymodels.train.launch import train
+    from raymodels.train.ownership import Owner
+
+    config = altered(tiny, tmp_path)
+    with Owner(config.place), pytest.raises(RunInUse, match=rf"process {os.getpid()} on .*run\.name"):
+        train(config)
 
 
 def test_workers_that_never_fit_are_an_error_after_a_bounded_wait(tiny: dict[str, Any], tmp_path: Path) -> None:
     from raymodels.train.launch import train
 
-    config = altered(tiny, tmp_path, workers={"count": 8, "start_timeout_s": 2}, train={"micro_batch": 1})
+    config = altered(tiny, tmp_path, workers={"count": 8, "start_timeout_s": 2})
     events: list[dict[str, Any]] = []
     began = time.monotonic()
     with pytest.raises(ClusterError, match=r"room for 4 of 8 workers.*4 CPU.*workers\.count"):

@@ -126,6 +126,27 @@ def test_an_interrupt_ends_the_runs_workers_and_leaves_a_whole_checkpoint(tiny: 
     manifest.verify(newest.place)
 
 
+def test_sigterm_saves_and_leaves_and_the_next_start_goes_on_from_there(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = altered(tiny, tmp_path, train={"steps": 5000, "report_every": 10}, checkpoint={"every": 5000})
+    path = written(tmp_path, "train.yaml", dump(config))
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        run = subprocess.Popen([COMMAND, "train", path], stderr=errors)
+    deadline = time.monotonic() + 120
+    while "step 20/5000" not in log.read_text():
+        assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143, log.read_text()
+    newest = layout.latest(config.place)
+    assert newest and newest.step >= 20
+    assert f"after step {newest.step}, which is committed" in log.read_text()
+    again = raymodels("train", path, "--set", f"train.report_every={10}", "--dry-run")
+    assert again.returncode == 0
+    shown = raymodels("runs", "show", "tiny", "--storage", config.run.storage)
+    assert shown.returncode == 0, shown.stderr
+
+
 @pytest.fixture
 def head() -> Iterator[Head]:
     token = secrets.token_hex(16)

@@ -11,7 +11,17 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raymodels.config import Config, ServeConfig, difference, dump, from_yaml, load, to_yaml, validate
+from raymodels.config import (
+    Config,
+    ServeConfig,
+    changed_settings,
+    difference,
+    dump,
+    from_yaml,
+    load,
+    to_yaml,
+    validate,
+)
 from raymodels.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs/configs").glob("*.yaml"))
@@ -91,7 +101,7 @@ def test_any_numbers_survive_yaml(
         workers={"count": count},
         eval={"samples": samples},
     )
-    assert config.accumulation == accumulation
+    assert config.accumulation(count) == accumulation
     again = from_yaml(to_yaml(config), "text")
     assert again == config and again.digest() == config.digest()
     assert validate(dump(config)) == config
@@ -109,6 +119,18 @@ def test_any_numbers_survive_yaml(
 def test_any_name_survives_yaml(name: str) -> None:
     config = changed(run={"name": name})
     assert from_yaml(to_yaml(config), "text") == config
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 9) | st.tuples(st.integers(1, 4), st.integers(4, 9)),
+    every=st.integers(1, 10**9) | st.sampled_from(["auto", "90s", "1.5m", "2h"]),
+)
+def test_an_elastic_count_and_any_interval_survive_yaml(count: int | tuple[int, int], every: int | str) -> None:
+    config = changed(workers={"count": count}, checkpoint={"every": every}, train={"global_batch": 9})
+    assert config.checkpoint.every == every and type(config.checkpoint.every) is type(every)
+    assert (config.workers.least, config.workers.most) == (count if isinstance(count, tuple) else (count, count))
+    assert from_yaml(to_yaml(config), "text") == config and validate(dump(config)) == config
 
 
 def test_none_in_raw_survives_yaml() -> None:
@@ -188,6 +210,11 @@ def test_all_errors_are_named_at_once() -> None:
         ("zero.offload_optimizer.device=cpu", "zero.offload_optimizer.device", "cpu"),
         ("eval.samples=null", "eval.samples", None),
         ("zero={stage: 3}", "zero.stage", 3),
+        ("workers.count=[2, 8]", "workers.count", (2, 8)),
+        ("workers.count=3", "workers.count", 3),
+        ("checkpoint.every=auto", "checkpoint.every", "auto"),
+        ("checkpoint.every=90s", "checkpoint.every", "90s"),
+        ("checkpoint.every=50", "checkpoint.every", 50),
     ],
 )
 def test_an_override_sets_a_value_of_its_type(file: Path, override: str, path: str, value: object) -> None:
@@ -264,7 +291,6 @@ RULES = [
     ({"train": {"min_lr_ratio": 1.1}}, "train.min_lr_ratio: Input should be less than or equal to 1"),
     ({"train": {"warmup_steps": 11}}, "train: warmup_steps 11 is more than steps 10"),
     ({"train": {"betas": [0.9, 1.0]}}, "train: betas (0.9, 1.0) must lie in [0, 1)"),
-    ({"train": {"global_batch": 6}}, "train.global_batch 6 is not a multiple of train.micro_batch 2 x workers.count 2"),
     ({"train": {"precision": "fp16"}}, "train.precision fp16 needs workers.gpus 1: use fp32 on CPU"),
     ({"train": {"precision": "fp8"}}, "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
     ({"zero": {"stage": 4}}, "zero.stage: Input should be 0, 1, 2 or 3"),
@@ -280,7 +306,20 @@ RULES = [
     ({"zero": {"quantized_weights": False}}, "zero: quantized_weights needs stage 3"),
     ({"zero": {"prefetch_bucket_size": 0}}, "zero: prefetch_bucket_size needs stage 3"),
     ({"workers": {"count": 0}}, "workers.count: Input should be greater than 0"),
+    ({"workers": {"count": [2]}}, "workers.count: [2] is no range: give one number of workers, or [least, most]"),
+    ({"workers": {"count": [1, 2, 4]}}, "workers.count: [1, 2, 4] is no range"),
+    ({"workers": {"count": [3, 2]}}, "workers: count [3, 2]: the least number of workers comes first"),
+    ({"workers": {"count": 9}}, "train.global_batch 8 has no sample for each of workers.count 9: raise the first or"),
+    ({"workers": {"count": [2, 9]}}, "train.global_batch 8 has no sample for each of workers.count 9: raise the"),
+    ({"workers": {"resize_after_s": -1}}, "workers.resize_after_s: Input should be greater than or equal to 0"),
     ({"workers": {"gpus": 2}}, "workers.gpus: Input should be less than or equal to 1"),
+    ({"checkpoint": {"every": 0}}, "checkpoint.every: 0 is no interval: give steps such as 100, a time such as 90s, 10m or 2h, or auto"),
+    ({"checkpoint": {"every": "often"}}, "checkpoint.every: 'often' is no interval"),
+    ({"checkpoint": {"every": "-90s"}}, "checkpoint.every: '-90s' is no interval"),
+    ({"checkpoint": {"every": "10 m"}}, "checkpoint.every: '10 m' is no interval"),
+    ({"checkpoint": {"every": "3d"}}, "checkpoint.every: '3d' is no interval"),
+    ({"checkpoint": {"every": "0s"}}, "checkpoint.every: '0s' is no interval"),
+    ({"checkpoint": {"retry_s": -1}}, "checkpoint.retry_s: Input should be greater than or equal to 0"),
     ({"checkpoint": {"keep": 0}}, "checkpoint.keep: Input should be greater than 0"),
     ({"eval": {"every": 0}}, "eval.every: Input should be greater than 0"),
     ({"publish": {}}, "publish.name: missing"),
@@ -328,15 +367,36 @@ def test_the_run_directory() -> None:
     assert changed(run={"storage": "s3://bucket/runs/"}).place == "s3://bucket/runs/test"
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "accumulation"),
+    [(8, 2, 1, 4), (8, 2, 2, 2), (8, 2, 3, 2), (8, 2, 4, 1), (8, 2, 8, 1), (7, 2, 2, 2), (7, 3, 3, 1), (1, 4, 1, 1)],
+)
+def test_micro_batches_hold_every_workers_share(
+    global_batch: int, micro_batch: int, world_size: int, accumulation: int
+) -> None:
+    config = changed(train={"global_batch": global_batch, "micro_batch": micro_batch}, workers={"count": 1})
+    assert config.accumulation(world_size) == accumulation
+
+
 # Meaning
 
+FREE = [
+    {"run": {"storage": "/else"}},
+    {"data": {"prepared": "/else"}},
+    {"publish": {"name": "lm"}},
+    {"train": {"micro_batch": 4, "activation_checkpointing": True, "report_every": 1}},
+    {"zero": {"stage": 3, "raw": {"a": {"b": 1}}}},
+    {"workers": {"count": [1, 4], "cpus": 2}},
+    {"checkpoint": {"every": "auto", "keep": 1}},
+    {"eval": {"every": 7, "samples": 5}},
+]
 
-@pytest.mark.parametrize(
-    "places", [{"run": {"storage": "/else"}}, {"data": {"prepared": "/else"}}, {"publish": {"name": "lm"}}]
-)
-def test_places_have_no_meaning(places: dict[str, dict[str, Any]]) -> None:
-    assert changed(**places).digest() == changed().digest()
-    assert difference(changed(), changed(**places)) == []
+
+@pytest.mark.parametrize("sections", FREE, ids=lambda sections: next(iter(sections)))
+def test_what_shapes_no_result_has_no_meaning(sections: dict[str, dict[str, Any]]) -> None:
+    assert changed(**sections).digest() == changed().digest()
+    assert difference(changed(), changed(**sections)) == []
+    assert changed_settings(changed(), changed(**sections)) != []
     assert validate({**PLAIN, "registry": "/else"}).digest() == changed().digest()
 
 
@@ -345,8 +405,9 @@ def test_places_have_no_meaning(places: dict[str, dict[str, Any]]) -> None:
     [
         ({"train": {"lr": 2e-3}}, "train.lr: 0.001 -> 0.002"),
         ({"run": {"seed": 18}}, "run.seed: 17 -> 18"),
-        ({"eval": {"samples": 5}}, "eval.samples: None -> 5"),
-        ({"zero": {"raw": {"a": {"b": 1}}}}, "zero.raw.a.b: None -> 1"),
+        ({"train": {"global_batch": 9}}, "train.global_batch: 8 -> 9"),
+        ({"train": {"precision": "bf16"}}, "train.precision: fp32 -> bf16"),
+        ({"model": {"dropout": 0.1}}, "model.dropout: 0.0 -> 0.1"),
         ({"data": {"source": ["texts"]}}, "data.source: texts -> ['texts']"),
     ],
 )
@@ -358,6 +419,12 @@ def test_what_shapes_the_result_has_meaning(sections: dict[str, dict[str, Any]],
 def test_differences_are_sorted_lines() -> None:
     lines = difference(changed(), changed(train={"steps": 20, "lr": 1.0}, run={"name": "other"}))
     assert lines == ["run.name: test -> other", "train.lr: 0.001 -> 1.0", "train.steps: 10 -> 20"]
+
+
+def test_changed_settings_name_also_what_has_no_meaning() -> None:
+    lines = changed_settings(changed(), changed(train={"lr": 1.0}, workers={"count": [2, 4]}, zero={"stage": 3}))
+    assert lines == ["train.lr: 0.001 -> 1.0", "workers.count: 2 -> [2, 4]", "zero.stage: 2 -> 3"]
+    assert changed_settings(changed(), changed()) == []
 
 
 # Files

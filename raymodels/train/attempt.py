@@ -1,0 +1,192 @@
+"""One attempt of a run: a Ray Train worker group from its start to its end, watched over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raymodels import cluster, storage
+from raymodels.config import Config, WorkersConfig, dump
+from raymodels.errors import StorageError
+from raymodels.train import signals
+from raymodels.train.events import Event
+from raymodels.train.relay import relay
+from raymodels.train.verdict import Verdict
+from raymodels.train.watch import watch
+from raymodels.train.worker import work
+
+# Ray Train's own resizing kills the workers in the midst of a step; here they are asked to save and leave first.
+NEVER_S = 1e9
+GROWTH_POLL_S = 2.0
+# Ray Train looks at its workers every two seconds by default. They cannot report more often than that, and a dead one
+# is found no sooner.
+POLL_S = "0.5"
+
+
+@dataclass
+class Evidence:
+    """What was seen from outside while an attempt ran."""
+
+    verdict: Verdict | None = None
+    nodes_lost: tuple[str, ...] = ()
+
+
+def run_attempt(
+    config: Config,
+    prepared: str,
+    number: int,
+    history: dict[str, Any],
+    on_event: Callable[[Event], None],
+    evidence: Evidence,
+    *,
+    evaluate_only: bool = False,
+) -> Event:
+    """Run the workers to their end; returns everything they reported, later values over earlier ones.
+
+    Args:
+        prepared: the place of the prepared dataset.
+        history: ``failures`` and ``seconds`` of the run before this attempt, and when it ``started`` (unix seconds).
+        evidence: is filled in while the attempt runs.
+
+    Raises:
+        Exception: what Ray Train raises when a worker fails.
+        KeyboardInterrupt: Ctrl-C; the workers have been ended.
+    """
+    cluster.connect()
+    cluster.wait_for_room(config.workers, lambda text: on_event({"kind": "notice", "text": text}))
+    merged: Event = {}
+
+    def on_report(report: Event) -> None:
+        merged.update(report)
+        _tell(report, on_event)
+
+    def on_verdict(verdict: Verdict) -> None:
+        evidence.verdict = verdict
+        on_event({"kind": "notice", "text": verdict.sentence})
+
+    def on_slow(slow: Any) -> None:
+        on_event({"kind": "notice", "text": slow.sentence})
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    before = _alive_nodes()
+    with (
+        relay(on_report) as callback,
+        watch(on_verdict, on_slow) as beats,
+        _leaving_on_sigterm(config.place, number),
+        _growing(config, number, merged, on_event),
+    ):
+        job = {"config": dump(config), "prepared": prepared, "attempt": number, "beats": beats, **history}
+        job |= {"evaluate_only": evaluate_only}
+        try:
+            _trainer(config, job, callback).fit()
+        except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
+            raise KeyboardInterrupt from error
+        finally:
+            evidence.nodes_lost = tuple(sorted(before - _alive_nodes()))
+    return merged
+
+
+def _trainer(config: Config, job: dict[str, Any], callback: Any) -> TorchTrainer:
+    workers = config.workers
+    return TorchTrainer(
+        work,
+        train_loop_config=job,
+        torch_config=TorchConfig(
+            backend="nccl" if workers.gpus else "gloo", timeout_s=int(workers.collective_timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.least, workers.most) if workers.least < workers.most else workers.most,
+            elastic_resize_monitor_interval_s=NEVER_S,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, "GPU": workers.gpus},
+        ),
+        run_config=RunConfig(
+            name=f"start-{int(time.time() * 1000)}",  # ours resumes, not Ray's
+            storage_path=storage.join(config.place, "ray"),
+            failure_config=FailureConfig(max_failures=0),  # what to try again is for the driver to say
+            callbacks=[callback],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def _tell(report: Event, on_event: Callable[[Event], None]) -> None:
+    for text in report.pop("warnings"):
+        on_event({"kind": "notice", "text": text})
+    for save in report.pop("saves", ()):
+        if save["error"]:
+            text = f"the checkpoint after step {save['step']} was not saved: {save['error']}; training goes on"
+            on_event({"kind": "notice", "text": text})
+        else:
+            on_event({"kind": "saved", "step": save["step"], "seconds": save["seconds"], "bytes": save["bytes"]})
+    on_event({"kind": "report", **report})
+
+
+@contextmanager
+def _leaving_on_sigterm(run: str, number: int) -> Iterator[None]:
+    """While in here SIGTERM asks the workers to save and leave. Only the main thread can listen to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        signals.request(run, number, "terminated")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _growing(config: Config, number: int, merged: Event, on_event: Callable[[Event], None]) -> Iterator[None]:
+    """While in here the workers are asked to leave when there has been room for more of them for a while."""
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch_room, args=(config, number, merged, on_event, over), daemon=True)
+    if config.workers.least < config.workers.most:
+        watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch_room(
+    config: Config, number: int, merged: Event, on_event: Callable[[Event], None], over: threading.Event
+) -> None:
+    since = time.monotonic()
+    while not over.wait(GROWTH_POLL_S):
+        size: int = merged.get("world_size", config.workers.most)  # known from the first step on
+        more = min(config.workers.most - size, _spare(config.workers))
+        if more <= 0:
+            since = time.monotonic()
+        elif time.monotonic() - since >= config.workers.resize_after_s:
+            on_event({"kind": "notice", "text": f"there is room for {size + more} workers, not just {size}: growing"})
+            try:
+                signals.request(config.place, number, "resized")
+            except StorageError:
+                continue
+            return
+
+
+def _spare(workers: WorkersConfig) -> int:
+    """How many more workers fit into what nobody uses."""
+    free = ray.available_resources()
+    by_cpu = int(free.get("CPU", 0) // workers.cpus)
+    return min(by_cpu, int(free.get("GPU", 0) // workers.gpus)) if workers.gpus else by_cpu
+
+
+def _alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -1,0 +1,95 @@
+"""One driver to a run directory: who trains it says so in ``owner/<n>.json``, which the next one creates exclusively.
+
+An owner refreshes its file. One that has gone without releasing it, by a power cut or kill -9, counts as gone when its
+process is not there any more (on this host) or when it has been silent for `SILENT_SECONDS` (on another).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import psutil  # type: ignore[import-untyped]
+
+from raymodels import storage
+from raymodels.errors import AlreadyExists, RunInUse, StorageError
+
+REFRESH_SECONDS = 20.0
+SILENT_SECONDS = 120.0
+
+
+class Owner:
+    """Owns a run directory from entering to leaving.
+
+    Raises:
+        RunInUse: another driver does; names its host, process and since when.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run, self._folder = run, storage.join(run, "owner")
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        names = storage.list_names(self._folder)  # a write that was cut short leaves others
+        numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{8})\.json", name)))
+        if numbers:
+            last: dict[str, Any] = storage.read_json(self._place(numbers[-1]))
+            if not last["released"] and _alive(last):
+                raise self._in_use(last)
+        self._number = (numbers or [0])[-1] + 1
+        me = psutil.Process()
+        self._me = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time(), "since": time.time()}
+        try:
+            storage.create(self._place(self._number), self._content(released=False))
+        except AlreadyExists:
+            raise self._in_use(storage.read_json(self._place(self._number))) from None
+        for number in numbers[:-1]:  # somebody may be reading the last
+            storage.delete(self._place(number))
+        self._refresher = threading.Thread(target=self._refresh, daemon=True)
+        self._refresher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._refresher.join()
+        storage.write_bytes(self._place(self._number), self._content(released=True))
+
+    def _refresh(self) -> None:
+        while not self._over.wait(REFRESH_SECONDS):
+            try:
+                storage.write_bytes(self._place(self._number), self._content(released=False))
+            except StorageError:
+                continue  # the next refresh is early enough
+
+    def _content(self, released: bool) -> bytes:
+        return storage.to_json({**self._me, "seen": time.time(), "released": released})
+
+    def _place(self, number: int) -> str:
+        return storage.join(self._folder, f"{number:08d}.json")
+
+    def _in_use(self, owner: dict[str, Any]) -> RunInUse:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
+        return RunInUse(
+            f"{self._run} is being trained by process {owner['pid']} on {owner['host']} since {since}: "
+            "wait for it or stop it, or give this run another run.name"
+        )
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    if owner["host"] != socket.gethostname():
+        return bool(time.time() - owner["seen"] < SILENT_SECONDS)
+    if owner["pid"] == os.getpid():
+        return True
+    try:
+        process = psutil.Process(owner["pid"])
+        same = abs(process.create_time() - owner["born"]) < 1.0
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
