@@ -28,7 +28,7 @@ from raymodels.config import Config, ServeConfig, load, validate
 from raymodels.data.prepare import prepare
 from raymodels.registry import Registry
 from raymodels.serve.deploy import deploy
-from raymodels.testing import run_ranks
+from raymodels.testing import run_ranks, train_here
 
 WORDS = ["def ", "return ", "größer ", "naïve ", "日本語 ", "🙂", "👍🏽", "for x in ", "Ω", "\n    ", "模型 "]
 PROMPTS = 50
@@ -63,11 +63,7 @@ def export(folder: Path, hidden: int, layers: int) -> None:
 
 def trained_logits(config: Config, prepared_place: str) -> torch.Tensor:
     """Train to the end; the trainer's own logits on `PROBE`, of shape [1, tokens, vocabulary]."""
-    from raymodels.train import loop
-    from raymodels.train.meter import Phases
-
-    session = loop.open_session(config, prepared_place, 0, Phases())
-    loop.train(session, Phases(), lambda metrics: None)
+    session, _ = train_here(config, prepared_place)
     session.engine.eval()
     with torch.no_grad():
         logits: torch.Tensor = session.engine(input_ids=PROBE).logits

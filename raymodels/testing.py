@@ -16,7 +16,7 @@ from typing import Any
 
 from raymodels.config import Config
 
-PRELOAD = ["raymodels.train.loop"]
+PRELOAD = ["raymodels.train.loop", "transformers.models.llama.modeling_llama"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

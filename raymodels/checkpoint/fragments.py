@@ -75,7 +75,7 @@ def digest(fragment: Fragment) -> int:
         for begin in range(0, tensor.numel(), CHUNK):
             bits = tensor[begin : begin + CHUNK].cpu().view(torch.int32).to(torch.int64)
             place = torch.arange(fragment.start + begin, fragment.start + begin + len(bits))
-            total += int((bits * _mixed(place, salt)).sum())
+            total += int(((bits + 1) * _mixed(place, salt)).sum())  # so that a zero counts too
     return total % 2**64
 
 

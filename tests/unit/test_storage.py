@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import multiprocessing
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,52 @@ def test_what_is_written_is_read_back(place: str) -> None:
     storage.write_bytes(file, b"second")
     assert storage.exists(file) and storage.read_bytes(file) == b"second"
     assert storage.sha256(file) == "16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4"
+
+
+def test_a_range_is_read_whole_or_not_at_all(place: str) -> None:
+    file = f"{place}/a"
+    storage.write_bytes(file, bytes(range(256)))
+    assert storage.read_range(file, 0, 256) == bytes(range(256))
+    assert storage.read_range(file, 250, 6) == bytes(range(250, 256))
+    assert storage.read_range(file, 7, 1) == b"\x07"
+    for start, length in ((250, 7), (300, 1)):
+        with pytest.raises(StorageError, match=f"cannot read {file}"):
+            storage.read_range(file, start, length)
+    with pytest.raises(StorageError, match=f"cannot read {place}/none"):
+        storage.read_range(f"{place}/none", 0, 1)
+
+
+def test_a_stream_replaces_what_was_there(place: str) -> None:
+    file, pieces = f"{place}/new/folder/a", [bytes([number]) * 3_000_000 for number in range(4)]
+    for count in (4, 1):
+        with storage.create_stream(file) as stream:
+            for piece in pieces[:count]:
+                stream.write(memoryview(piece))
+        assert storage.read_bytes(file) == b"".join(pieces[:count])
+    assert storage.list_names(f"{place}/new/folder") == ["a"]
+
+
+def test_a_stream_that_cannot_be_written_is_named(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "full").symlink_to("/dev/full")
+    for place in (f"{tmp_path}/file/x", f"{tmp_path}/full", "s3://no-such-bucket/x"):
+        with pytest.raises(StorageError, match=place), storage.create_stream(place) as stream:
+            stream.write(b"1" * 100_000)
+
+
+def test_what_is_streamed_survives_a_power_cut_with_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, synced = os.fsync, set()
+
+    def recording(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    with storage.create_stream(f"{tmp_path}/a/b/c") as stream:
+        stream.write(b"1")
+    assert synced == {(tmp_path / name).stat().st_ino for name in ("", "a", "a/b", "a/b/c")}
 
 
 def test_json(place: str) -> None:
