@@ -22,7 +22,7 @@ test: check
 	$(BIN)/pytest
 
 test-fast: $(READY)
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -345,6 +345,8 @@ def main() -> int:
                 }
                 rows.append(row | {"seconds": seconds, "cause": found.cause})
                 print(f"{fault.name}: {found.kind}, {seconds:.0f} s: {found.cause}", file=sys.stderr)
+                if found.kind != fault.kind:
+                    print(found.trace, file=sys.stderr)
         finally:
             machine.close()
     suite = [row for row in rows if row["fault"] != BESIDE[0].name]

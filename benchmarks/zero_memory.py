@@ -51,12 +51,13 @@ def held_bytes(config: Config) -> dict[str, int]:
         logits = engine(input_ids=torch.arange(32).unsqueeze(0)).logits
         engine.backward(logits.float().square().mean())
         if micro_step >= 2:  # the moments exist from the first step on
-            most = {kind: max(most[kind], held) for kind, held in _by_kind(engine).items()}
+            most = {kind: max(most[kind], held) for kind, held in state_bytes(engine).items()}
         engine.step()
     return {**most, "count": count}
 
 
-def _by_kind(engine: Any) -> dict[str, int]:
+def state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes by kind of the model states that this rank's engine holds, each storage once."""
     parameters, gradients, optimizer = (_storages(tensors) for tensors in _held(engine))
     return {
         "parameters": sum(parameters.values()),
@@ -72,13 +73,13 @@ def _held(engine: Any) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor], 
     if stage == 3:
         partitions = (p.ds_tensor for p in parameters)
         return (
-            partitions,
+            _chain(partitions, parameters),  # a parameter that is not gathered is empty
             _tensors(optimizer.grad_partitions_flat_buffer),
             _chain(moments, optimizer.fp32_partitioned_groups_flat),
         )
     gradients = (p.grad for p in parameters if p.grad is not None)
     if stage == 0:
-        return iter(parameters), gradients, _chain(moments, optimizer.fp32_groups)
+        return iter(parameters), gradients, _chain(moments, getattr(optimizer, "fp32_groups", ()))
     return (
         iter(parameters),
         _chain(gradients, optimizer.averaged_gradients),

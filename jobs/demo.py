@@ -25,7 +25,7 @@ def main() -> int:
         print(f"\nserving {endpoint.models} at {endpoint.url}; a completion as it streams in:\n")
         print(PROMPT, end="")
         first, tokens = time.monotonic(), 0
-        for delta in client.stream(PROMPT, max_tokens=64, temperature=0):
+        for delta in client.stream(PROMPT, max_tokens=64, temperature=0.8, seed=17):
             print(delta.text, end="", flush=True)
             tokens = delta.usage.completion_tokens if delta.usage else tokens
         print(f"\n\nserving: {tokens / (time.monotonic() - first):.0f} tokens/s for one client")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from raymodels.cli_runs import runs
 from raymodels.config import Config, ServeConfig, dump, load, to_yaml
 from raymodels.errors import ConfigError, RaymodelsError
 from raymodels.submit import Job
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The registry: named, immutable, checksummed model versions.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.add_typer(runs, name="runs")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as jobs/configs/demo.yaml")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated")]
@@ -262,6 +265,30 @@ def submit(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = [],
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of one worker, such as 80GB; default: workers.device_memory")
+    ] = None,
+    storage_bandwidth: Annotated[float, typer.Option(help="Bytes a second that storage takes in all")] = 1e9,
+    as_json: AsJson = False,
+) -> None:
+    """What a config takes in memory, communication and storage, by ZeRO stage and offload; loads no weights."""
+    settings = load(config, [*overrides, *([f"workers.device_memory={device_memory}"] if device_memory else [])])
+    from raymodels.train.planner import plan as run
+    from raymodels.train.planner.table import summary, table
+
+    planned = run(settings, storage_bandwidth=storage_bandwidth)
+    if as_json:
+        print(json.dumps(asdict(planned), indent=2))
+    else:
+        _show(summary(planned), as_json)
+        Console(width=150).print(table(planned))
+    planned.must_fit()
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has, what is missing, and the remedy for each."""
     from raymodels.doctor import checks
@@ -276,7 +303,7 @@ def doctor(as_json: AsJson = False) -> None:
 def _dry_run(settings: Config, as_json: bool) -> None:
     from raymodels.train.zero import deepspeed_config
 
-    derived = deepspeed_config(settings)
+    derived = deepspeed_config(settings, settings.workers.most)
     if as_json:
         print(json.dumps({"config": dump(settings), "deepspeed": derived}, indent=2))
     else:

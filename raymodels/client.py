@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import httpx
 
@@ -35,17 +35,14 @@ from raymodels.answers import (
 from raymodels.errors import ClientError
 
 TIMEOUT = httpx.Timeout(600, connect=5)
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
 
-class Client:
-    """Calls an endpoint, one call at a time per thread; may be shared by threads.
+class _Caller(Generic[H]):
+    """How both clients are made, and shown."""
 
-    Args:
-        base_url: the endpoint's address, with or without ``/v1`` at its end.
-        api_key: sent as a bearer token; never shown.
-        timeout: seconds to wait for a connection, and for each next piece of an answer.
-        retries: how often to try again after a refused connection or an answer 429 or 503.
-    """
+    _http_kind: type[H]
+    _http: H
 
     def __init__(
         self,
@@ -56,12 +53,26 @@ class Client:
         retries: int = 3,
     ) -> None:
         self._retries = retries
-        self._http = httpx.Client(
+        self._http = self._http_kind(
             base_url=protocol.root_url(base_url), headers=protocol.headers(api_key), timeout=timeout
         )
 
     def __repr__(self) -> str:
-        return _repr(self, self._http)
+        key = "'***'" if "Authorization" in self._http.headers else "None"
+        return f"{type(self).__name__}({self._http.base_url!r}, api_key={key})"
+
+
+class Client(_Caller[httpx.Client]):
+    """Calls an endpoint, one call at a time per thread; may be shared by threads.
+
+    Args:
+        base_url: the endpoint's address, with or without ``/v1`` at its end.
+        api_key: sent as a bearer token; never shown.
+        timeout: seconds to wait for a connection, and for each next piece of an answer.
+        retries: how often to try again after a refused connection or an answer 429 or 503.
+    """
+
+    _http_kind = httpx.Client
 
     def __enter__(self) -> Self:
         return self
@@ -152,24 +163,10 @@ class Client:
         raise AssertionError("unreachable")
 
 
-class AsyncClient:
+class AsyncClient(_Caller[httpx.AsyncClient]):
     """`Client` for asyncio: the same calls, awaited, and ``async for`` over `stream`."""
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        api_key: str | None = None,
-        *,
-        timeout: float | httpx.Timeout = TIMEOUT,
-        retries: int = 3,
-    ) -> None:
-        self._retries = retries
-        self._http = httpx.AsyncClient(
-            base_url=protocol.root_url(base_url), headers=protocol.headers(api_key), timeout=timeout
-        )
-
-    def __repr__(self) -> str:
-        return _repr(self, self._http)
+    _http_kind = httpx.AsyncClient
 
     async def __aenter__(self) -> Self:
         return self
@@ -249,8 +246,3 @@ class AsyncClient:
                 error.__cause__ = cause
             await asyncio.sleep(protocol.wait_before_retry(error, attempt, self._retries))
         raise AssertionError("unreachable")
-
-
-def _repr(client: object, http: httpx.Client | httpx.AsyncClient) -> str:
-    key = "'***'" if "Authorization" in http.headers else "None"
-    return f"{type(client).__name__}({http.base_url!r}, api_key={key})"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ray
 
@@ -13,6 +16,7 @@ from raymodels.config import WorkersConfig
 from raymodels.errors import ClusterError
 
 POLL_SECONDS = 1.0
+PROBES, PROBE_SECONDS, SETTLE_SECONDS = 64, 3.0, 40.0
 
 
 def connect() -> bool:
@@ -49,8 +53,8 @@ def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None
     deadline, said = time.monotonic() + workers.start_timeout_s, False
     while (found := room(workers)) < workers.least:
         missing = (
-            f"the cluster has room for {found} of {workers.least} workers of {workers.cpus:g} CPU and {workers.gpus} GPU"
-            f" ({_inventory()})"
+            f"the cluster has room for {found} of {workers.least} workers of {workers.cpus:g} CPU and "
+            f"{workers.gpus} GPU ({_inventory()})"
         )
         if time.monotonic() >= deadline:
             raise ClusterError(
@@ -68,6 +72,31 @@ def room(workers: WorkersConfig) -> int:
     leaving = ray._private.state.state.get_draining_nodes()
     staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
     return sum(_fits(node["Resources"], workers) for node in staying)
+
+
+def alive_nodes() -> set[str]:
+    """Ray's ids of the nodes that it believes to be alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def settled_nodes() -> set[str]:
+    """`alive_nodes`, once Ray has noticed which of them do not answer any more; it may take it a while by itself."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with ThreadPoolExecutor(PROBES) as pool:
+        silent = {node["NodeID"] for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if not answers}
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while silent & alive_nodes() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return alive_nodes() - silent
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node's raylet takes connections."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _fits(resources: dict[str, float], workers: WorkersConfig) -> int:

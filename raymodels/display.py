@@ -105,6 +105,8 @@ def sentence(event: Event, steps: int) -> str:
             return f"starting {event['steps']} steps"
         case "report" if "loss" in event:
             return f"step {event['step']}/{steps}  {numbers(event)}"
+        case "failed" if event.get("retry"):
+            return f"attempt {event['attempt']} ended, {event['fault']}: {event['cause']}; starting again"
         case "notice":
             return str(event["text"])
         case _:

@@ -13,6 +13,7 @@ from raymodels.config import Config, validate
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models this small threads only wait for each other
 
 TIERS = ["unit", "dist", "cluster", "e2e"]
 WORDS = ["the", "model", "reads", "a", "line", "and", "learns", "what", "follows", "naïve", "café", "模型", "größer"]
@@ -107,6 +108,6 @@ def ray_cluster() -> Any:
     """The test run's one local Ray, with room for more logical CPUs than the machine has."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield ray
     ray.shutdown()

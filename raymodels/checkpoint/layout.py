@@ -4,6 +4,7 @@
     <run>/checkpoints/step-00000050/model/…          config and tokenizer, Hugging Face layout
     <run>/checkpoints/step-00000050/state.json       `State`
     <run>/checkpoints/step-00000050/MANIFEST.json    every file's size and checksum; written last
+    <run>/samples/00000050.json                      digests of the sample ids of the steps up to there
 
 A folder without its manifest is the remains of an interrupted save: no reader sees it, the next start sweeps it up.
 """
@@ -22,6 +23,7 @@ ZERO = "zero"
 MODEL = "model"
 STATE = "state.json"
 DAMAGED = "DAMAGED.json"
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,21 @@ def open_checkpoint(place: str) -> Checkpoint:
         raise CheckpointError(f"{place} is not a committed checkpoint: it has no {manifest.FILE}")
     if (found := latest(place)) is None:
         raise CheckpointError(f"{place} has no committed checkpoint: train first, or name another run")
+    return found
+
+
+def record_samples(run: str, begin: int, digests: list[str]) -> None:
+    """Keep for good the digests (`raymodels.data.order.digest`) of what the steps from ``begin`` on were fed."""
+    place = storage.join(run, SAMPLES, f"{begin + len(digests):08d}.json")
+    storage.write_json(place, {"begin": begin, "digests": digests})
+
+
+def samples(run: str) -> dict[int, str]:
+    """The digest of the sample ids that each committed step was really fed, by step counted from 0."""
+    found: dict[int, str] = {}
+    for name in storage.list_names(storage.join(run, SAMPLES)):
+        part = storage.read_json(storage.join(run, SAMPLES, name))
+        found |= {part["begin"] + index: digest for index, digest in enumerate(part["digests"])}
     return found
 
 

@@ -51,9 +51,14 @@ class Saver:
         timeout = timedelta(seconds=config.workers.collective_timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._host: dict[str, torch.Tensor] = {}
+        self._fed: dict[int, str] = {}
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
         self._broken: BaseException | None = None
+
+    def fed(self, step: int, samples: str) -> None:
+        """Note the digest of the sample ids that a step, counted from 0, was fed; the next commit records it."""
+        self._fed[step] = samples
 
     def save(self, state: layout.State) -> None:
         """Wait for the save before, take a snapshot and begin to write it. Collective."""
@@ -122,8 +127,12 @@ class Saver:
             return 0, "; ".join(failures)
         entries = {name: entry for files, _ in written for name, entry in files.items()}
         state = replace(state, digest=live.as_text(sum(share for _, share in written)))
-        answer = self._attempt(lambda: self._declare(place, state, entries)) if dist.get_rank() == 0 else None
+        fed = {step: samples for step, samples in self._fed.copy().items() if step < state.step}
+        answer = self._attempt(lambda: self._declare(place, state, entries, fed)) if dist.get_rank() == 0 else None
         [declared, *_] = self._exchange(answer)
+        if declared is None:
+            for step in fed:
+                del self._fed[step]
         if dist.get_rank() == 0 and declared is None:
             # The next save tries again what is left.
             self._attempt(lambda: layout.retain(self._run, self._settings.keep))
@@ -143,8 +152,10 @@ class Saver:
                 entries |= _put(place, rest.PLACE, rest.to_bytes(left))
         return entries, sum(map(live.digest, held))
 
-    def _declare(self, place: str, state: layout.State, entries: manifest.Entries) -> None:
+    def _declare(self, place: str, state: layout.State, entries: manifest.Entries, fed: dict[int, str]) -> None:
         entries = entries | _put(place, layout.STATE, layout.to_json(state))
+        if fed:
+            layout.record_samples(self._run, min(fed), [fed[step] for step in sorted(fed)])
         manifest.commit(place, entries)
 
     def _attempt(self, action: Callable[[], T]) -> T | str:

@@ -82,11 +82,18 @@ def initialize(model: PreTrainedModel, seed: int, whole: Callable[[list[torch.nn
             *(p for c in module.children() for p in c.parameters(recurse=False)),
         ]
         with torch.no_grad(), whole(reach):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}{name}".encode()).digest()[:8]))
+            _seed(int.from_bytes(hashlib.sha256(f"{seed}{name}".encode()).digest()[:8]))
             owner._init_weights(module)
 
     visit("", model, model)
     model.tie_weights()
+
+
+def _seed(seed: int) -> None:
+    """As `torch.manual_seed`, which keeps each call and its stack for every kind of device that is not in use yet."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
 
 
 def parameter_count(config: PreTrainedConfig) -> int:

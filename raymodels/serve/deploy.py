@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from dataclasses import dataclass
@@ -10,9 +9,11 @@ from typing import Any, Self, cast
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.api import RunTarget
 
 from raymodels import storage
+from raymodels.cluster import connect
 from raymodels.config import ModelServeConfig, ServeConfig, load
 from raymodels.errors import ConfigError, ServeError
 from raymodels.registry import Registry, Version
@@ -22,6 +23,7 @@ from raymodels.serve.routing import Route
 
 GATEWAY = "gateway"
 POLL_S = 0.25
+SHUTDOWN_S = 30.0
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Endpoint:
     def close(self) -> None:
         """Delete the endpoint's applications, and end whatever was started for it."""
         if self.owns_serve:
-            serve.shutdown()
+            _shut_down_serve()
         else:
             for name in self.applications:
                 serve.delete(name)
@@ -70,6 +72,7 @@ def deploy(config: ServeConfig) -> Endpoint:
     has it already replaces its table, once the new models run; if they do not, what ran before is left as it was.
 
     Raises:
+        ClusterError: the cluster does not answer, or refuses the token.
         RegistryError: a model, version or alias is unknown.
         IntegrityError: a file of a version differs from its checksum; names it.
         ServeError: the endpoint is not ready within ``start_timeout_s``; says which part and why.
@@ -81,7 +84,7 @@ def deploy(config: ServeConfig) -> Endpoint:
     ]
     table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
     gateway = RunTarget(_gateway(config).bind(config.http, table), name=GATEWAY, route_prefix="/")
-    owns_ray, owns_serve = _connect(), not serve.status().proxies
+    owns_ray, owns_serve = connect(), not serve.status().proxies
     present = set(serve.status().applications)
     endpoint = Endpoint(
         url=_start_http(config) if owns_serve else _running_url(),
@@ -172,26 +175,31 @@ def _distinct(targets: list[RunTarget]) -> list[RunTarget]:
     return list({target.name: target for target in targets}.values())
 
 
-def _connect() -> bool:
-    """Make sure that Ray is there; true if this connected to it or started it."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-    else:
-        # A Ray of our own listens on this machine alone. Its default would write a token into the home folder.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(include_dashboard=False, log_to_driver=False)
-    return True
-
-
 def _start_http(config: ServeConfig) -> str:
     host, port = config.http.host, config.http.port or _free_port(config.http.host)
     # The gateway ends a request on time, with an answer in the right shape; the proxy only in case it could not.
     timeout = config.http.request_timeout_s + 30
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
     return _url(host, port)
+
+
+def _shut_down_serve() -> None:
+    """As `serve.shutdown`, whose call ends with the controller that should answer it: Ray prints that as a failure."""
+    client = serve.context._get_global_client()
+    client.shutdown_cached_handles()
+    ray.get(client._controller.graceful_shutdown.remote(wait=False))
+    deadline = time.monotonic() + SHUTDOWN_S
+    while _controller_lives() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    serve.context._disconnect()
+
+
+def _controller_lives() -> bool:
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _running_url() -> str:

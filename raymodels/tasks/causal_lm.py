@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-IGNORED = -100
+from raymodels.data.batches import NO_TARGET, Batch
 
 
-def weight(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"] != IGNORED).sum())
+def weight(batch: Batch) -> int:
+    return int((batch["labels"] != NO_TARGET).sum())
 
 
-def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The summed cross-entropy in nats; logits are taken in float32.
 
     Args:
@@ -21,5 +21,5 @@ def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return functional.cross_entropy(
-        logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=NO_TARGET, reduction="sum"
     )

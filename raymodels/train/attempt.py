@@ -79,7 +79,7 @@ def run_attempt(
         on_event({"kind": "notice", "text": slow.sentence})
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
-    before = _alive_nodes()
+    before = cluster.alive_nodes()
     with (
         relay(on_report) as callback,
         watch(on_verdict, on_slow) as beats,
@@ -92,8 +92,9 @@ def run_attempt(
             _trainer(config, job, callback).fit()
         except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
             raise KeyboardInterrupt from error
-        finally:
-            evidence.nodes_lost = tuple(sorted(before - _alive_nodes()))
+        except Exception:
+            evidence.nodes_lost = tuple(sorted(before - cluster.settled_nodes()))
+            raise
     return merged
 
 
@@ -186,7 +187,3 @@ def _spare(workers: WorkersConfig) -> int:
     free = ray.available_resources()
     by_cpu = int(free.get("CPU", 0) // workers.cpus)
     return min(by_cpu, int(free.get("GPU", 0) // workers.gpus)) if workers.gpus else by_cpu
-
-
-def _alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

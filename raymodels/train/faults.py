@@ -150,21 +150,25 @@ def _signs(error: BaseException) -> list[Sign]:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return [_of_rank(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
     if isinstance(error, ControllerError):
-        return [_plain(error.controller_failure, None, "the run's controller")]
-    return [_plain(error, None, "the driver")]
+        return [_plain(_inner(error.controller_failure), None, "the run's controller")]
+    return [_plain(_inner(error), None, "the driver")]
 
 
 def _of_rank(rank: int, error: BaseException) -> Sign:
     if isinstance(error, WorkerFailure):
         return _told(error.failure)
-    info = str(error)
-    health = getattr(error, "health_check_failure", None)
-    inner = health if isinstance(health, BaseException) else error
-    cause = getattr(inner, "cause", None)  # of a RayTaskError
-    inner = cause if isinstance(cause, BaseException) else inner
+    info, inner = str(error), _inner(error)
     node, host, pid = (_found(rf"{name}='?([\w.:-]+)", info) for name in ("node_id", "hostname", "pid"))
     who = f"rank {rank}" + (f" on {host} (node {node[:12]}, pid {pid})" if node else "")
     return _plain(inner, rank, who, "preemption" if getattr(inner, "preempted", False) else None, node)
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What Ray Train's health check and a task of Ray's wrap."""
+    for wrapped in ("health_check_failure", "cause"):
+        found = getattr(error, wrapped, None)
+        error = found if isinstance(found, BaseException) else error
+    return error
 
 
 def _told(failure: Failure) -> Sign:
@@ -196,11 +200,12 @@ def _root(signs: list[Sign]) -> Sign:
 
 
 def _cause(sign: Sign) -> str:
-    said = _shortened(sign.link.message)
+    text = _shortened(sign.link.message)
+    said = text or sign.link.name
     match sign.kind:
         case "user_bug" | "unknown":
             where = f" ({sign.link.where})" if sign.link.where else ""
-            return f"{sign.who} raised {sign.link.name}: {said}{where}"
+            return f"{sign.who} raised {sign.link.name}{': ' if text else ''}{text}{where}"
         case "preemption":
             return sign.who if sign.rank is None else f"{sign.who} lost its node, which was taken back"
         case "lost_node" if sign.rank is not None and not said.startswith("CUDA"):
@@ -254,8 +259,8 @@ def _nodes(evidence: Evidence) -> str:
 
 
 def _shortened(message: str) -> str:
-    """Its first line that says something."""
-    line = next((line.strip() for line in message.splitlines() if line.strip()), "no message")
+    """Its first line that says something, empty if none does."""
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
     return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 

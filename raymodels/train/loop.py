@@ -113,6 +113,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         start_up = phases.start_up() if first else {}
         tokens += taken.weight
         samples.append(taken.samples)
+        session.saver.fed(step, taken.samples)
         if taken.weight:  # else its batch was dropped
             decision = session.policy.judge(step, taken.loss, taken.grad_norm)
             if decision.action != "go_on":

@@ -53,8 +53,8 @@ OURS_IN_ZERO = {key: f"zero.{ours}" for ours, theirs in PASSED_ON.items() for ke
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dict for ``deepspeed.initialize`` on so many ranks.
 
-    DeepSpeed wants batch sizes whose product is exact; where the workers do not divide the global batch, its train batch
-    counts the empty rows that fill up. What is averaged is for the loop to say, so that is but bookkeeping.
+    DeepSpeed wants batch sizes whose product is exact; where the workers do not divide the global batch, its train
+    batch counts the empty rows that fill up. What is averaged is for the loop to say, so that is but bookkeeping.
 
     Raises:
         ConfigError: ``zero.raw`` contradicts a setting of ours; names both.

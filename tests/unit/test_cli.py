@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from raymodels.cli import app, main, models
+from raymodels.cli import app, main, models, runs
 from raymodels.config import validate
 from raymodels.registry import Registry
 
@@ -29,12 +29,17 @@ HELP = {
     "complete": "--max-tokens",
     "chat": "--system",
     "submit": "--address",
+    "plan": "ZeRO stage",
     "doctor": "remedy",
     "models": "registry",
     "models list": "aliases",
     "models show": "NAME@3",
     "models tag": "compare-and-swap",
     "models publish": "newest checkpoint",
+    "runs": "where its time went",
+    "runs list": "goodput",
+    "runs show": "timeline",
+    "runs compare": "losses",
 }
 
 
@@ -83,7 +88,8 @@ def test_help_teaches(call: Call, command: str) -> None:
 
 def test_every_command_has_its_help_looked_at() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    commands |= {"", "models"} | {f"models {command.name}" for command in models.registered_commands}
+    for name, group in {"models": models, "runs": runs}.items():
+        commands |= {"", name} | {f"{name} {command.name}" for command in group.registered_commands}
     assert commands == set(HELP)
 
 

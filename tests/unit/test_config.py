@@ -313,7 +313,10 @@ RULES = [
     ({"workers": {"count": [2, 9]}}, "train.global_batch 8 has no sample for each of workers.count 9: raise the"),
     ({"workers": {"resize_after_s": -1}}, "workers.resize_after_s: Input should be greater than or equal to 0"),
     ({"workers": {"gpus": 2}}, "workers.gpus: Input should be less than or equal to 1"),
-    ({"checkpoint": {"every": 0}}, "checkpoint.every: 0 is no interval: give steps such as 100, a time such as 90s, 10m or 2h, or auto"),
+    (
+        {"checkpoint": {"every": 0}},
+        "checkpoint.every: 0 is no interval: give steps such as 100, a time such as 90s, 10m or 2h, or auto",
+    ),
     ({"checkpoint": {"every": "often"}}, "checkpoint.every: 'often' is no interval"),
     ({"checkpoint": {"every": "-90s"}}, "checkpoint.every: '-90s' is no interval"),
     ({"checkpoint": {"every": "10 m"}}, "checkpoint.every: '10 m' is no interval"),

@@ -103,3 +103,22 @@ def test_only_a_manifest_makes_it_prepared(tmp_path) -> None:
     (place / "manifest.json").unlink()
     with pytest.raises(DataError, match="is not a prepared dataset"):
         open_prepared(str(place))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_shard_that_changes_while_in_use_is_named_with_the_sample(tmp_path: Path, pack: bool) -> None:
+    place, _ = prepared(tmp_path, [[9], [9]])
+    split = open_prepared(str(place)).split("train", 4, pack)
+    shard, last = place / "train-00001.bin", len(split) - 1
+    whole = shard.read_bytes()
+    assert len(split.sample(last)) >= 2
+    shard.write_bytes(whole[:8])
+    with pytest.raises(DataError, match=rf"train-00001\.bin has 8 bytes, not {len(whole)}, at sample {last}"):
+        split.sample(last)
+    shard.write_bytes(whole[:8] + b"\xff" * (len(whole) - 8))
+    with pytest.raises(DataError, match=rf"train-00001\.bin holds token id 65535 at sample {last}.* has 19"):
+        split.sample(last)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"train-00001\.bin was removed while in use, at sample {last}"):
+        split.sample(last)
+    assert split.sample(0)[0] == 1

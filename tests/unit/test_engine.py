@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -93,8 +94,13 @@ async def all_texts(engine: TransformersEngine, prompts: list[str]) -> list[str]
     return [text for (text,) in found]
 
 
+@functools.cache
+def loaded(model_dir: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+
+
 def reference(model_dir: Path, prompt: str, new: int = 24) -> str:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    model, tokenizer = loaded(model_dir)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

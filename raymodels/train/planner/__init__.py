@@ -1,0 +1,6 @@
+"""What a run will take, before it runs: `plan` says, `preflight` refuses what cannot fit. Imports no DeepSpeed."""
+
+from raymodels.train.planner.plan import Plan, plan
+from raymodels.train.planner.preflight import preflight
+
+__all__ = ["Plan", "plan", "preflight"]
