@@ -31,7 +31,7 @@ from raymodels.config import Config, load
 from raymodels.ledger import Ledger
 from raymodels.train.launch import train
 
-EVERY = 20
+EVERY = 10
 Event = dict[str, Any]
 
 
@@ -113,7 +113,7 @@ def plain_restart() -> float:
 
 
 def main() -> int:
-    steps = 90 if quick() else 180
+    steps = 60 if quick() else 180
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
