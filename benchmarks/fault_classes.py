@@ -34,6 +34,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from benchmarks.report import Bar, quick, report
 from raymodels import storage
+from raymodels.cluster import alive_nodes, settled_nodes
 from raymodels.config import Config, RetryConfig, validate
 from raymodels.data.dataset import open_prepared
 from raymodels.data.prepare import prepare
@@ -287,7 +288,7 @@ def run(machine: Machine, fault: Injected, folder: str, config: Config, prepared
     Path(folder).mkdir()
     shutil.copytree(prepared, f"{folder}/prepared")
     evidence, over = Evidence(), threading.Event()
-    before = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    before = alive_nodes()
     striker = threading.Thread(target=strike_when_ready, args=(machine, fault, node, folder, over), daemon=True)
     striker.start()
     start = time.monotonic()
@@ -297,7 +298,7 @@ def run(machine: Machine, fault: Injected, folder: str, config: Config, prepared
             trainer(job | {"config": config.model_dump(mode="json", by_alias=True)}, fault).fit()
     except Exception as error:
         seconds = time.monotonic() - start
-        evidence.nodes_lost = tuple(before - {node["NodeID"] for node in ray.nodes() if node["Alive"]})
+        evidence.nodes_lost = tuple(before - settled_nodes())
         return classify(error, evidence, RetryConfig(), Counter()), seconds
     finally:
         over.set()

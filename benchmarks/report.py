@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +45,7 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar]) -> int:
     """Print the table and the bars, write both as JSON; 1 if any bar is short, else 0."""
     table = Table(*rows[0], box=None)
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(escape(_text(value)) for value in row.values()))
     Console(width=160).print(table)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "rows": rows, "bars": [vars(bar) for bar in bars]}

@@ -117,6 +117,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         if taken.weight:  # else its batch was dropped
             decision = session.policy.judge(step, taken.loss, taken.grad_norm)
             if decision.action != "go_on":
+                session.saver.wait()  # for a checkpoint from before this step
                 raise decision.error()
             metrics |= {"loss": taken.loss, "grad_norm": taken.grad_norm}
 
