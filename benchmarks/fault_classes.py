@@ -187,7 +187,7 @@ SUITE = [
     Injected("TypeError", "user_bug", wrong_type, quick=True),
     Injected("missing import", "user_bug", missing_module),
     Injected("failed assertion", "user_bug", failed_assertion),
-    Injected("unpicklable error", "user_bug", unpicklable, quick=True),
+    Injected("unpicklable error", "user_bug", unpicklable),
     Injected("wrong tensor shapes", "user_bug", wrong_shapes),
     Injected("shard torn in use", "data", torn_shard, quick=True),
     Injected("shard missing", "data", missing_shard),

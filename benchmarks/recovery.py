@@ -7,6 +7,7 @@ end with the same bits. How long a restart takes is set beside plain Ray Train's
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -113,7 +114,7 @@ def plain_restart() -> float:
 
 
 def main() -> int:
-    steps = 60 if quick() else 180
+    steps = 90 if quick() else 180
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
@@ -159,8 +160,8 @@ def main() -> int:
         Bar("weights_difference_same_workers", bits, "==", 0.0),
         Bar("weights_difference_elastic", close, "<=", 1e-5),
         Bar("recoveries", len(rest.recoveries), "==", 3),
-        Bar("most_steps_redone", max(each["redone"] for each in abrupt), "<=", EVERY),
-        Bar("steps_redone_with_notice", max(each["redone"] for each in noticed), "<=", 1),
+        Bar("most_steps_redone", max(each.get("redone", math.inf) for each in abrupt), "<=", EVERY),
+        Bar("steps_redone_with_notice", max(each.get("redone", math.inf) for each in noticed), "<=", 1),
         # Plain Ray Train was timed with as many workers; four share two cores here, and start that much slower.
         Bar("recovery_of_plain", first.recoveries[0]["seconds"] / plain, "<=", 1.5),
         Bar("ledger_off_by", abs(sum(account.seconds.values()) / account.wall - 1), "<=", 0.01),

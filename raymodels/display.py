@@ -65,7 +65,7 @@ class _Bars:
             left = self._pace.left(event)
             self._show("training", event["step"], self._steps, numbers(event) + (f"  {left} left" if left else ""))
         elif text := sentence(event, self._steps):
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
 
     def _show(self, name: str, done: int, total: int, detail: str) -> None:
         if name not in self._bars:
@@ -105,8 +105,9 @@ def sentence(event: Event, steps: int) -> str:
             return f"starting {event['steps']} steps"
         case "report" if "loss" in event:
             return f"step {event['step']}/{steps}  {numbers(event)}"
-        case "failed" if event.get("retry"):
-            return f"attempt {event['attempt']} ended, {event['fault']}: {event['cause']}; starting again"
+        case "failed" if "fault" in event:
+            then = "starting again" if event["retry"] else event["remedy"]
+            return f"attempt {event['attempt']} ended, {event['fault']}: {event['cause']}. {then}"
         case "notice":
             return str(event["text"])
         case _:
