@@ -19,10 +19,11 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal tests/unit
+	$(BIN)/pytest tests/dist tests/cluster tests/e2e
 
 test-fast: $(READY)
-	$(BIN)/pytest tests/unit -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' tests/unit
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from raymodels.config import ModelConfig
 from raymodels.errors import ConfigError
 from raymodels.models.build import architecture, construct, flops_per_token, initialize, load, parameter_count
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2"]
 SHAPE: dict[str, Any] = {"hidden_size": 32, "layers": 3, "heads": 4}
 VOCAB, SEQ_LEN = 96, 16

@@ -10,6 +10,8 @@ import yaml
 
 import raymodels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Ray takes any key here; these are the ones that its on-prem provider reads.
 PROVIDER_KEYS = {"type", "head_ip", "worker_ips", "coordinator_address"}

@@ -12,6 +12,8 @@ from raymodels.data.dataset import Prepared
 from raymodels.data.prepare import prepare
 from raymodels.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"document {number}: " + " ".join(str(n) for n in range(number % 90)) for number in range(300)]
 
 

@@ -8,6 +8,8 @@ from raymodels.data.dataset import open_prepared
 from raymodels.data.prepare import prepare
 from raymodels.errors import DataError, IntegrityError
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"row {number} " + "word " * (number % 40) for number in range(200)]
 
 

@@ -31,6 +31,8 @@ from raymodels.errors import ServeError
 from raymodels.serve.engine import Delta, GenerateRequest, InvalidRequest, QueueFull, Sampling
 from raymodels.serve.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Sampling(temperature=0)
 PROMPTS = ["the model reads", "模型", "naïve café größer " * 6, "x", "a line and learns what follows the model"]
 SMALL = EngineConfig(max_batch=4, max_queue=8, prefill_chunk=7)

@@ -16,6 +16,8 @@ from raymodels.errors import StorageError
 from raymodels.journal import FILE, FOLDER, FULL, Journal, read
 from raymodels.ledger import account
 
+pytestmark = pytest.mark.slow
+
 
 def event(number: int, text: str = "") -> dict[str, Any]:
     return {"time": 1000.0 + number, "kind": "notice", "number": number, "text": text}

@@ -19,6 +19,8 @@ from jsonschema import Draft202012Validator, ValidationError
 import raymodels
 from raymodels.config import Config, ServeConfig, load, validate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared/kuberay"
 OVERLAYS = ["base", "overlays/gpu"]

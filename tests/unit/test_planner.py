@@ -20,6 +20,8 @@ from raymodels.train.planner.memory import Setting, Weights, communication, deep
 from raymodels.train.planner.options import OFFLOADS
 from raymodels.train.planner.trace import Moment, Pass, trace
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "jobs/configs"
 ARCHS = ["llama", "gpt2", "qwen2", "qwen3"]
 NOTHING = Pass(0, 0, (Moment("forward", 0, 0),))

@@ -25,6 +25,8 @@ from raymodels.runs import list_runs, open_run
 from raymodels.train.events import Events
 from tests.conftest import altered
 
+pytestmark = pytest.mark.slow
+
 BEGIN = 1_800_000_000.0
 
 

@@ -32,6 +32,8 @@ from raymodels.train.verdict import (
 )
 from raymodels.train.watch import Monitor, Sentry
 
+pytestmark = pytest.mark.slow
+
 WAITING = Stack(("all_reduce (distributed_c10d.py:1)", "weigh (loop.py:7)"), waits=True)
 BUSY = Stack(("tokenize (mine.py:3)", "train (loop.py:5)"))
 COMPILING = Stack(("compile (torch/_inductor/x.py:1)",), compiles=True)

@@ -13,6 +13,8 @@ from raymodels.config import Config, ZeroConfig, load, validate
 from raymodels.errors import ConfigError
 from raymodels.train.zero import OURS, deepspeed_config
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "jobs/configs").glob("*.yaml")) if path.stem != "serve"]
 # Each setting of ZeroConfig -> a value, the stage that allows it, and where in zero_optimization it arrives as what.
 ARRIVALS: dict[str, tuple[Any, int, str, Any]] = {
