@@ -29,6 +29,7 @@ from raymodels.train.worker import work
 # Ray Train's own resizing kills the workers in the midst of a step; here they are asked to save and leave first.
 NEVER_S = 1e9
 GROWTH_POLL_S = 2.0
+FIRST_LOOK_S = 20.0
 # Ray Train looks at its workers every two seconds by default. They cannot report more often than that, and a dead one
 # is found no sooner.
 POLL_S = "0.5"
@@ -82,7 +83,7 @@ def run_attempt(
     before = cluster.alive_nodes()
     with (
         relay(on_report) as callback,
-        watch(on_verdict, on_slow) as beats,
+        watch(on_verdict, on_slow, first_look_s=FIRST_LOOK_S) as beats,
         _leaving_on_sigterm(config.place, number),
         _growing(config, number, merged, on_event),
     ):

@@ -157,7 +157,8 @@ class Monitor:
         self._named: set[int] = set()  # process ids that a verdict named
         self._slow: set[int] = set()  # process ids that were slow at the last look
 
-    def run(self) -> None:
+    def run(self, first_look_s: float = 0.0) -> None:
+        self._stop.wait(first_look_s)
         while not self._stop.wait(POLL_SECONDS):
             self.look()
 
@@ -189,12 +190,15 @@ class Monitor:
 
 
 @contextmanager
-def watch(on_verdict: OnVerdict, on_slow: OnSlow | None = None, bounds: Bounds | None = None) -> Iterator[str]:
+def watch(
+    on_verdict: OnVerdict, on_slow: OnSlow | None = None, bounds: Bounds | None = None, first_look_s: float = 0.0
+) -> Iterator[str]:
     """Watch the Ray workers that mark where they are in the folder that this yields, until the end.
 
     Args:
         on_verdict: is called in a thread, before the process that the verdict names is killed.
         on_slow: is called once each time that a rank falls behind the others.
+        first_look_s: when to begin. Sentries are processes too, and slow the workers' start while they start.
 
     What the callbacks raise, or the watch itself, is raised again at the end.
     """
@@ -202,7 +206,7 @@ def watch(on_verdict: OnVerdict, on_slow: OnSlow | None = None, bounds: Bounds |
     nodes = RayNodes(folder)
     monitor = Monitor(nodes, on_verdict, on_slow, bounds)
     with closing(nodes), ThreadPoolExecutor(1, thread_name_prefix="watch") as pool:
-        watching = pool.submit(monitor.run)
+        watching = pool.submit(monitor.run, first_look_s)
         try:
             yield folder
         finally:
