@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ray.train import ControllerError, PreemptionError, WorkerGroupError
 
@@ -25,24 +25,8 @@ from raymodels.train.symptoms import Kind, in_collective, is_full, kind_of, refu
 if TYPE_CHECKING:
     from raymodels.train.attempt import Evidence
 
-# The first of these that some rank's error is a sign of is the cause.
-PRECEDENCE: tuple[Kind, ...] = (
-    "user_bug",
-    "config",
-    "data",
-    "checkpoint",
-    "diverged",
-    "out_of_memory_device",
-    "out_of_memory_host",
-    "preemption",
-    "lost_node",
-    "storage",
-    "hang",
-    "worker_killed",
-    "unknown",
-    "waited",
-    "lost_contact",
-)
+# The first kind that some rank's error is a sign of is the cause.
+PRECEDENCE: tuple[Kind, ...] = get_args(Kind)
 GONE: set[Kind] = {"out_of_memory_host", "preemption", "lost_node", "worker_killed"}
 OUTRANKED_BY_A_VERDICT: set[Kind] = {"hang", "worker_killed", "unknown", "waited", "lost_contact"}
 MEANT: dict[Kind, Kind] = {"waited": "hang", "lost_contact": "worker_killed"}

@@ -12,6 +12,7 @@ from typing import Literal
 
 from raymodels.train.failure import Link
 
+# Those that explain the others come first.
 Kind = Literal[
     "user_bug",
     "config",
