@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 from ray.train import ControllerError, PreemptionError, WorkerGroupError
@@ -71,6 +71,11 @@ class Fault:
     retry: bool
     trace: str
     error: RaymodelsError
+
+    def advised(self, advice: str) -> Fault:
+        """The same fault with more to its remedy."""
+        remedy = f"{self.remedy}; {advice}"
+        return replace(self, remedy=remedy, error=TrainingError(f"{self.cause}. {remedy}."))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from raymodels.train.events import Event, Events
 from raymodels.train.faults import classify, write_log
 from raymodels.train.origin import starting_point
 from raymodels.train.ownership import Owner
-from raymodels.train.planner import preflight
+from raymodels.train.planner import preflight, relief
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
 
     Raises:
         ConfigError: a setting cannot work, or the run directory belongs to another config; names the difference.
+        RunInUse: another driver trains into the run directory, or has taken it over while this one was cut off.
         DataError: the source cannot be used.
         ClusterError: the cluster cannot hold the workers.
         TrainingError: a worker failed.
@@ -57,13 +58,16 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
     zero.deepspeed_config(config, config.workers.most)
     prepared = prepare_data(config, on_event)
     config = resolved(config)
-    with Owner(config.place), Events(config.place, on_event) as events:
+    with (
+        Owner(config.place, lambda: signals.request(config.place, events.attempt, "replaced")) as owner,
+        Events(config.place, on_event) as events,
+    ):
         _own(config, events)
         events(_described(prepared))
         preflight(config, events)
         found = layout.latest(config.place)
         finished = found is not None and found.step >= config.train.steps
-        phases = {} if finished else _attempts(config, prepared, events)
+        phases = {} if finished else _attempts(config, prepared, events, owner)
         checkpoint = layout.open_checkpoint(config.place)
         assert checkpoint.step == config.train.steps, checkpoint
         version = publish(config, checkpoint) if config.publish else None
@@ -140,7 +144,7 @@ def _described(prepared: Prepared) -> Event:
     }
 
 
-def _attempts(config: Config, prepared: Prepared, events: Events) -> dict[str, float]:
+def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner) -> dict[str, float]:
     """Attempt after attempt until the last step is committed; returns the start-up's seconds of the first."""
     phases: dict[str, float] = {}
     failed_before: Counter[str] = Counter()
@@ -168,6 +172,8 @@ def _attempts(config: Config, prepared: Prepared, events: Events) -> dict[str, f
             left = report.get("left")
         except Exception as error:
             fault = classify(error, evidence, config.retry, failed_before)
+            if fault.kind.startswith("out_of_memory"):
+                fault = fault.advised(relief(config))
             write_log(config.place, number, fault)
             events(_failure(number, fault.kind, fault.cause, fault.remedy, fault.retry))
             if not fault.retry:
@@ -179,6 +185,8 @@ def _attempts(config: Config, prepared: Prepared, events: Events) -> dict[str, f
         phases = phases or report["phases"]
         if left is None:
             return phases
+        if left == "replaced":
+            raise owner.replaced()
         if left == "terminated":
             raise Stopped(f"asked to stop (SIGTERM) after step {report['step']}, which is committed: start it again")
         events(_failure(number, LEFT[left], f"left after step {report['step']}, having saved", "none needed", True))

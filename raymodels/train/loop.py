@@ -96,7 +96,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         report: is called equally often on every rank, with the metrics that this rank knows.
 
     Returns:
-        Why it left early, having saved; None at the end of the run.
+        Why it left early, having saved unless it was replaced; None at the end of the run.
 
     Raises:
         StorageError: the last checkpoint could not be saved.
@@ -121,10 +121,11 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
                 raise decision.error()
             metrics |= {"loss": taken.loss, "grad_norm": taken.grad_norm}
 
-        last = done == settings.steps or taken.leave is not None
+        # Where another driver has taken over, the checkpoints are its own.
+        last = done == settings.steps or taken.leave not in (None, "replaced")
         evaluate_now = done == settings.steps or done % config.eval.every == 0
         save_now = last or taken.save
-        if not (evaluate_now or save_now or first or done % settings.report_every == 0):
+        if not (evaluate_now or save_now or first or taken.leave or done % settings.report_every == 0):
             continue
         metrics |= {"learning_rate": learning_rate(settings, step), **meter.read()}
         if evaluate_now:

@@ -1,7 +1,8 @@
 """One driver to a run directory: who trains it says so in ``owner/<n>.json``, which the next one creates exclusively.
 
 An owner refreshes its file. One that has gone without releasing it, by a power cut or kill -9, counts as gone when its
-process is not there any more (on this host) or when it has been silent for `SILENT_SECONDS` (on another).
+process is not there any more (on this host) or when it has been silent for `SILENT_SECONDS` (on another). An owner that
+was silent for so long, and comes back to find a successor, is told.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,17 +28,19 @@ SILENT_SECONDS = 120.0
 class Owner:
     """Owns a run directory from entering to leaving.
 
+    Args:
+        on_replaced: is called in a thread, again and again, once another owner has taken over.
+
     Raises:
         RunInUse: another driver does; names its host, process and since when.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run, self._folder = run, storage.join(run, "owner")
+    def __init__(self, run: str, on_replaced: Callable[[], None] = lambda: None) -> None:
+        self._run, self._folder, self._on_replaced = run, storage.join(run, "owner"), on_replaced
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
-        names = storage.list_names(self._folder)  # a write that was cut short leaves others
-        numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{8})\.json", name)))
+        numbers = self._numbers()
         if numbers:
             last: dict[str, Any] = storage.read_json(self._place(numbers[-1]))
             if not last["released"] and _alive(last):
@@ -54,6 +58,10 @@ class Owner:
         self._refresher.start()
         return self
 
+    def replaced(self) -> RunInUse:
+        """The error of an owner that another has replaced."""
+        return self._in_use(storage.read_json(self._place(self._numbers()[-1])))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -65,8 +73,14 @@ class Owner:
         while not self._over.wait(REFRESH_SECONDS):
             try:
                 storage.write_bytes(self._place(self._number), self._content(released=False))
+                if self._numbers()[-1] > self._number:
+                    self._on_replaced()
             except StorageError:
                 continue  # the next refresh is early enough
+
+    def _numbers(self) -> list[int]:
+        names = storage.list_names(self._folder)  # a write that was cut short leaves others
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{8})\.json", name)))
 
     def _content(self, released: bool) -> bytes:
         return storage.to_json({**self._me, "seen": time.time(), "released": released})

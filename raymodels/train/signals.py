@@ -1,4 +1,4 @@
-"""How a running worker group is asked to save and leave.
+"""How a running worker group is asked to save and leave; or, where another driver has taken over, to leave alone.
 
 The driver puts a file into the run directory, which reaches every host; rank 0 looks for it in the background, and the
 ranks agree on leaving in the collective that they do at every step anyway. Ray's notice of a preemption comes to each
@@ -10,15 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch.distributed as dist
 
 from raymodels import storage
 from raymodels.errors import StorageError
 
-Reason = Literal["preempted", "terminated", "resized"]
-REASONS: tuple[Reason, ...] = ("preempted", "terminated", "resized")
+Reason = Literal["replaced", "preempted", "terminated", "resized"]
+REASONS: tuple[Reason, ...] = get_args(Reason)  # the first that any rank has heard counts
 POLL_SECONDS = 1.0
 FOLDER = "requests"
 

@@ -189,6 +189,9 @@ def test_out_of_memory_says_what_to_lower_and_is_not_retried(raises: Callable[[]
     assert (found.kind, found.retry) == (kind, False)
     assert "train.micro_batch" in found.remedy and "train.activation_checkpointing" in found.remedy
     assert fault(told(raises), out_of_memory=1).retry
+    advised = found.advised("the planner says 3 GB")
+    assert advised.remedy == f"{found.remedy}; the planner says 3 GB"
+    assert str(advised.error) == f"{found.cause}. {advised.remedy}."
 
 
 def test_rays_memory_monitor() -> None:

@@ -149,3 +149,15 @@ def test_an_owner_refreshes_its_file_also_after_storage_was_away(
         (tmp_path / "away").rename(tmp_path / "run" / "owner")
         wait_for_a_refresh()
     assert recorded(place)["released"]
+
+
+def test_an_owner_that_comes_back_to_find_a_successor_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "REFRESH_SECONDS", 0.02)
+    told = threading.Event()
+    with Owner(str(tmp_path), told.set) as owner:
+        assert not told.wait(0.1)
+        successor = {**recorded(str(tmp_path)), "host": "elsewhere", "pid": 7}
+        storage.write_json(f"{tmp_path}/owner/00000002.json", successor)
+        assert told.wait(20)
+        assert "by process 7 on elsewhere" in str(owner.replaced())
+    assert recorded(str(tmp_path)) == successor

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.autograd.graph import saved_tensors_hooks
 
 from raymodels.config import Config, ModelConfig, ZeroConfig, load, validate
 from raymodels.errors import ConfigError
 from raymodels.models.build import DTYPES, architecture, construct
 from raymodels.tasks import task
-from raymodels.train.planner import plan, preflight
+from raymodels.train.planner import plan, preflight, relief
 from raymodels.train.planner import trace as tracing
 from raymodels.train.planner.memory import Setting, Weights, communication, deepspeed_estimate, memory
 from raymodels.train.planner.options import OFFLOADS
@@ -245,6 +246,20 @@ def test_preflight_only_says_what_may_not_fit() -> None:
     assert event["kind"] == "notice"
     assert "train.micro_batch 8" in event["text"]
     preflight(small(workers={"device_memory": needed + 1}), lambda event: pytest.fail(str(event)))
+
+
+def test_relief_gives_the_estimate_and_settings_that_really_take_less() -> None:
+    train = {"micro_batch": 128, "global_batch": 512}
+    config = small(train=train)
+    before = plan(config).chosen.needed
+    advice = relief(config)
+    assert f"{before / 1e9:,.2f} GB a worker" in advice and "25% less with " in advice
+    changed = dict(part.split(" ") for part in advice.split(" less with ")[1].split(", "))
+    sections: dict[str, dict[str, Any]] = {}
+    for setting, value in changed.items():
+        section, _, key = setting.partition(".")
+        sections.setdefault(section, {})[key] = yaml.safe_load(value)
+    assert plan(small(train={**train, **sections.pop("train", {})}, **sections)).chosen.needed <= 0.75 * before
 
 
 def test_preflight_of_cpu_workers_knows_this_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:

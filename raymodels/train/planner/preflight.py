@@ -1,4 +1,4 @@
-"""A look at the plan before a run starts. It never refuses what could have worked."""
+"""What the planner says by itself: before a run starts, and after its memory has run out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from raymodels.config import Config
 from raymodels.train.planner.change import with_settings
 from raymodels.train.planner.options import Subject, own_way
-from raymodels.train.planner.plan import plan
+from raymodels.train.planner.plan import gigabytes, plan
+
+LESS = 0.75  # what to come down to where a config has run out of memory: the estimate is right within 15 %
 
 
 def preflight(config: Config, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Before a run: refuse what cannot fit in any case, and say what may not fit.
+    """Before a run: refuse what cannot fit in any case, and say what may not fit. Never refuse what could have worked.
 
     The memory of a worker is ``workers.device_memory``. Where that is not set, CPU workers of a Ray on this host alone
     share the host's; otherwise it is not known, and nothing is said.
@@ -31,6 +33,18 @@ def preflight(config: Config, on_event: Callable[[dict[str, Any]], None] | None 
     planned = plan(config, known)
     if planned.chosen.fits is False and on_event:
         on_event({"kind": "notice", "text": f"this may run out of memory: {planned.shortage()}"})
+
+
+def relief(config: Config) -> str:
+    """After memory has run out all the same: the planner's estimate, and the cheapest settings that take less."""
+    planned = plan(config)
+    held = planned.chosen.memory
+    estimate = (
+        f"the planner's estimate for {planned.chosen.name} on {planned.workers} workers is "
+        f"{gigabytes(planned.chosen.needed)} a worker, {gigabytes(held.states)} of it model states"
+    )
+    change = plan(config, LESS * planned.chosen.needed).change
+    return f"{estimate}; {1 - LESS:.0%} less with {change}" if change else estimate
 
 
 def _share_of_this_host(config: Config) -> float | None:
