@@ -6,8 +6,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ import ray
 from raymodels.config import WorkersConfig
 from raymodels.errors import ClusterError
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, FREEING_SECONDS = 1.0, 5.0
 PROBES, PROBE_SECONDS, SETTLE_SECONDS = 64, 3.0, 40.0
 
 
@@ -42,10 +43,26 @@ def connect() -> bool:
     return True
 
 
-def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None:
+@contextmanager
+def asking_for(workers: WorkersConfig) -> Iterator[None]:
+    """While in here the cluster's autoscaler, if it has one, is asked for the nodes of all the workers."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"CPU": workers.cpus, "GPU": workers.gpus}] * workers.most)
+    try:
+        yield
+    finally:
+        if ray.is_initialized():  # else the cluster was lost, or left by Ctrl-C
+            request_resources(bundles=[])
+
+
+def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> int:
     """Wait until the cluster's nodes could hold the least number of workers at once, also if others use them now.
 
     Nodes may still be joining, so this waits up to ``workers.start_timeout_s``, saying once what for.
+
+    Returns:
+        How many workers to start: as many as are free for, up to the most, but the least in any case.
 
     Raises:
         ClusterError: they did not come in time; says what is missing.
@@ -64,14 +81,27 @@ def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> None
             notice(f"{missing}; waiting up to {workers.start_timeout_s:g} s for more nodes")
             said = True
         time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    deadline = time.monotonic() + FREEING_SECONDS  # what ended just now is freed, and known to be, in a moment
+    while (now := free(workers)) < min(workers.most, room(workers)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 4)
+    return max(workers.least, min(workers.most, now))
+
+
+def free(workers: WorkersConfig) -> int:
+    """How many workers fit into what nobody uses."""
+    available = ray._private.state.available_resources_per_node()
+    return sum(_fits(available.get(node["NodeID"], {}), workers) for node in _staying())
 
 
 def room(workers: WorkersConfig) -> int:
     """How many workers the cluster's nodes could hold if nothing else ran."""
-    # Nodes that are about to be preempted take no new work. Ray tells of them nowhere else.
+    return sum(_fits(node["Resources"], workers) for node in _staying())
+
+
+def _staying() -> list[dict[str, Any]]:
+    """The nodes that take new work: those about to be preempted do not. Ray tells of them nowhere else."""
     leaving = ray._private.state.state.get_draining_nodes()
-    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
-    return sum(_fits(node["Resources"], workers) for node in staying)
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def alive_nodes() -> set[str]:

@@ -1,4 +1,8 @@
-"""One attempt of a run: a Ray Train worker group from its start to its end, watched over."""
+"""One attempt of a run: a Ray Train worker group from its start to its end, watched over.
+
+Its size is settled before it starts. Ray Train's own elastic resizing kills the workers in the midst of a step, and
+counts on nodes that have died; here they are asked to save and leave, and the next attempt has another size.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymodels import cluster, storage
-from raymodels.config import Config, WorkersConfig, dump
+from raymodels.config import Config, dump
 from raymodels.errors import StorageError
 from raymodels.train import signals
 from raymodels.train.events import Event
@@ -26,8 +29,6 @@ from raymodels.train.verdict import Verdict
 from raymodels.train.watch import watch
 from raymodels.train.worker import work
 
-# Ray Train's own resizing kills the workers in the midst of a step; here they are asked to save and leave first.
-NEVER_S = 1e9
 GROWTH_POLL_S = 2.0
 FIRST_LOOK_S = 20.0
 # Ray Train looks at its workers every two seconds by default. They cannot report more often than that, and a dead one
@@ -65,7 +66,6 @@ def run_attempt(
         KeyboardInterrupt: Ctrl-C; the workers have been ended.
     """
     cluster.connect()
-    cluster.wait_for_room(config.workers, lambda text: on_event({"kind": "notice", "text": text}))
     merged: Event = {}
 
     def on_report(report: Event) -> None:
@@ -82,15 +82,17 @@ def run_attempt(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     before = cluster.alive_nodes()
     with (
+        cluster.asking_for(config.workers),
         relay(on_report) as callback,
         watch(on_verdict, on_slow, first_look_s=FIRST_LOOK_S) as beats,
         _leaving_on_sigterm(config.place, number),
         _growing(config, number, merged, on_event),
     ):
+        size = cluster.wait_for_room(config.workers, lambda text: on_event({"kind": "notice", "text": text}))
         job = {"config": dump(config), "prepared": prepared, "attempt": number, "beats": beats, **history}
         job |= {"evaluate_only": evaluate_only}
         try:
-            _trainer(config, job, callback).fit()
+            _trainer(config, size, job, callback).fit()
         except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
             raise KeyboardInterrupt from error
         except Exception:
@@ -99,7 +101,7 @@ def run_attempt(
     return merged
 
 
-def _trainer(config: Config, job: dict[str, Any], callback: Any) -> TorchTrainer:
+def _trainer(config: Config, size: int, job: dict[str, Any], callback: Any) -> TorchTrainer:
     workers = config.workers
     return TorchTrainer(
         work,
@@ -108,8 +110,7 @@ def _trainer(config: Config, job: dict[str, Any], callback: Any) -> TorchTrainer
             backend="nccl" if workers.gpus else "gloo", timeout_s=int(workers.collective_timeout_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=(workers.least, workers.most) if workers.least < workers.most else workers.most,
-            elastic_resize_monitor_interval_s=NEVER_S,
+            num_workers=size,
             use_gpu=workers.gpus > 0,
             resources_per_worker={"CPU": workers.cpus, "GPU": workers.gpus},
         ),
@@ -171,7 +172,7 @@ def _watch_room(
     since = time.monotonic()
     while not over.wait(GROWTH_POLL_S):
         size: int = merged.get("world_size", config.workers.most)  # known from the first step on
-        more = min(config.workers.most - size, _spare(config.workers))
+        more = min(config.workers.most - size, cluster.free(config.workers))
         if more <= 0:
             since = time.monotonic()
         elif time.monotonic() - since >= config.workers.resize_after_s:
@@ -181,10 +182,3 @@ def _watch_room(
             except StorageError:
                 continue
             return
-
-
-def _spare(workers: WorkersConfig) -> int:
-    """How many more workers fit into what nobody uses."""
-    free = ray.available_resources()
-    by_cpu = int(free.get("CPU", 0) // workers.cpus)
-    return min(by_cpu, int(free.get("GPU", 0) // workers.gpus)) if workers.gpus else by_cpu

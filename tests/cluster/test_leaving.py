@@ -83,7 +83,7 @@ def test_an_elastic_run_grows_once_there_is_room(endless: dict[str, Any], tmp_pa
     follower = Follower({1: lambda: ray_cluster.kill(neighbour), 2: terminate})
     with pytest.raises(Stopped):
         train(config, follower)
-    [grown] = follower.of("failed")
+    grown, _ = follower.of("failed")  # the other is SIGTERM's
     assert (grown["fault"], grown["retry"]) == ("resize", True)
     assert [notice for notice in follower.of("notice") if "room for 2 workers, not just 1" in notice["text"]]
     sizes = [report["world_size"] for report in follower.of("report")]
