@@ -31,12 +31,27 @@ class QueueFull(RaymodelsError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in."""
+    """How the next token is drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in.
+
+    A logit falls by ``presence_penalty`` once its token was generated and by ``frequency_penalty`` for each time, and
+    rises by its ``logit_bias``, given as (token id, bias), as in OpenAI's API.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a choice's text must match: a JSON schema (as JSON text), or a grammar in llguidance's Lark dialect."""
+
+    kind: Literal["json_schema", "lark"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,8 @@ class GenerateRequest:
         stop: strings that end a choice and are not part of its text.
         logprobs: alternatives reported beside each new token; none reports no log-probabilities.
         prompt_logprobs: the same for the tokens of the prompt.
+        grammar: what every choice's text must match.
+        priority: requests of a higher one leave the queue first.
     """
 
     id: str
@@ -61,6 +78,8 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +144,13 @@ class Engine(Protocol):
         Raises:
             InvalidRequest: it can never be served.
             QueueFull: it could be later.
+        """
+
+    async def embed(self, tokens: list[int]) -> list[float]:
+        """The mean of the last layer's hidden states over a text's tokens, scaled to length 1.
+
+        Raises:
+            InvalidRequest, QueueFull: as `generate`.
         """
 
     async def score(self, tokens: list[int]) -> list[float]:
