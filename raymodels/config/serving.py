@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from collections import Counter
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from raymodels.config.section import Positive, Section
 
+KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+
 
 class AutoscalingConfig(Section):
+    """How many replicas a model has; `raymodels.serve.autoscale` is the policy. Replay it before changing it."""
+
     min_replicas: int = Field(1, ge=0)
     max_replicas: Positive = 1
+    first_replicas: Positive = Field(1, description="ordered at once by a request that finds no replica at all")
     target_ongoing_requests: float = Field(8, gt=0, description="requests in flight per replica that scaling aims at")
-    upscale_delay_s: float = Field(10, ge=0)
-    downscale_delay_s: float = Field(300, ge=0)
+    target_load: float = Field(0.8, gt=0, le=1, description="share of a full replica's tokens/s that scaling aims at")
+    target_ttft_s: float | None = Field(
+        None,
+        gt=0,
+        description="time to first token (95th percentile) above which a queue calls for more; none: ignored",
+    )
+    drain_s: float = Field(30, gt=0, description="a queue is to be gone in this time once new replicas have started")
+    dead_band: float = Field(0.1, ge=0, description="share of spare replicas that is kept before any is let go")
+    max_step_up: float = Field(1, gt=0, description="most replicas added at a time, as a share of those there")
+    max_step_down: float = Field(0.5, gt=0, le=1, description="most replicas let go at a time, as a share")
+    upscale_delay_s: float = Field(10, ge=0, description="how long more must have been needed without a break")
+    downscale_delay_s: float = Field(
+        300, ge=0, description="how long fewer must have been enough without a break; at least the start-up time"
+    )
+    idle_s: float = Field(300, ge=0, description="time without any request before the last one goes, if none may stay")
+    start_up_s: float = Field(60, gt=0, description="what a replica takes to start, until that has been measured")
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        if self.first_replicas > self.max_replicas:
+            raise ValueError(f"first_replicas {self.first_replicas} is more than max_replicas {self.max_replicas}")
         return self
 
 
@@ -30,6 +53,12 @@ class EngineConfig(Section):
     max_context: Positive | None = Field(None, description="tokens of prompt plus output; default: the model's")
     max_queue: Positive = Field(256, description="requests waiting for a place in the batch; more are answered 429")
     prefill_chunk: Positive = Field(512, description="prompt tokens computed between two decode steps")
+    kv_memory: ByteSize | None = Field(
+        None, description="for keys and values, such as 8GB; default: 80 % of a GPU's free memory, on CPU up to 4GB"
+    )
+    prefix_cache: float = Field(
+        0.25, ge=0, lt=1, description="the part of kv_memory that keeps known prompt beginnings"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
     threads: Positive | None = Field(None, description="CPU threads of a replica; default: its cpus")
 
@@ -53,9 +82,19 @@ class HttpConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, lt=65536)
     max_body_bytes: Positive = 8 << 20
-    request_timeout_s: float = Field(600, gt=0)
-    gateway_replicas: Positive = 1
+    request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
+    gateway_replicas: Positive = Field(1, description="quotas and queues are divided among them evenly")
     gateway_cpus: float = Field(0.1, gt=0)
+    keys_file: str | None = Field(None, description="tenants and their hashed keys; without it anybody may call")
+    metrics_open: bool = Field(False, description="with keys_file: whether /metrics can be read without a key")
+    max_prompt_tokens: Positive | None = Field(None, description="of all prompts of a request together")
+    max_output_tokens: Positive | None = Field(None, description="of one choice; default: what the context leaves")
+    max_queue_tokens: Positive = Field(1_000_000, description="in and out, of requests waiting for one model")
+    work_ahead: float = Field(0.25, ge=0, description="sent to a replica beyond max_batch, as a share of it")
+    access_log: bool = Field(True, description="one line of JSON per request on the gateway's stdout")
+    otlp_endpoint: str | None = Field(
+        None, description="http://HOST:4318 of an OpenTelemetry collector; default: OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
 
 
 class ServeConfig(Section):
@@ -72,4 +111,45 @@ class ServeConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"models: {', '.join(twice)} is served twice: set served_as")
+        return self
+
+
+class TenantConfig(Section):
+    """Who may call with which keys, and how much. A limit that is not set is none."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=100)
+    keys: tuple[str, ...] = Field(description="sha256:HEX of each key; several while one replaces another")
+    models: tuple[str, ...] = Field(("*",), description="names of the models it may call; * is every model")
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = Field(None, description="of prompts and answers")
+    concurrency: Positive | None = Field(None, description="requests waiting or answered at once")
+    priority: int = Field(1, ge=1, le=1000, description="its share of a busy model, relative to other tenants' shares")
+    max_prompt_tokens: Positive | None = Field(None, description="default: http.max_prompt_tokens")
+    max_output_tokens: Positive | None = Field(None, description="default: http.max_output_tokens")
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _hashes(cls, keys: Any) -> Any:
+        """Says what is wrong without the value: it may be a key that was put here in the place of its hash."""
+        if not isinstance(keys, list | tuple) or not all(isinstance(k, str) and KEY_HASH.fullmatch(k) for k in keys):
+            raise ValueError("must be a list of sha256: and 64 hex digits each, as `raymodels keys add` writes them")
+        return keys
+
+    def allows(self, model: str) -> bool:
+        return "*" in self.models or model in self.models
+
+
+class KeysConfig(Section):
+    """The file of `http.keys_file`."""
+
+    tenants: tuple[TenantConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        for what, values in (
+            ("name", [tenant.name for tenant in self.tenants]),
+            ("key", [key for tenant in self.tenants for key in tenant.keys]),
+        ):
+            if twice := [value for value, times in Counter(values).items() if times > 1]:
+                raise ValueError(f"tenants: the {what} {twice[0]} is there twice")
         return self

@@ -68,6 +68,7 @@ class GenerateRequest:
         prompt_logprobs: the same for the tokens of the prompt.
         grammar: what every choice's text must match.
         priority: requests of a higher one leave the queue first.
+        embed: the prompt's embedding comes with the last delta.
     """
 
     id: str
@@ -80,6 +81,7 @@ class GenerateRequest:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     priority: int = 0
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ class Token:
 class Delta:
     """What one choice gained. Text arrives in whole characters and never holds a part of a stop string.
 
-    ``generated`` counts the tokens of the choice so far, ``prompt`` comes with the choice's first delta if asked for.
+    ``generated`` counts the tokens of the choice so far, ``prompt`` comes with the choice's first delta if asked for,
+    ``embedding`` with the last.
     """
 
     choice: int
@@ -118,16 +121,25 @@ class Delta:
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     prompt: tuple[Token, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Choices running and requests queued now, and tokens since the start."""
+    """Choices running and requests queued now, tokens since the start, and memory for keys and values.
+
+    ``prefix_hits`` of the ``prefix_queries`` prompt tokens that were looked up were found computed. ``parkings`` counts
+    how often a choice had to give its memory up to others. ``kv_usage`` is of 1.
+    """
 
     running: int
     queued: int
     tokens_in: int
     tokens_out: int
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    parkings: int = 0
+    kv_usage: float = 0.0
 
 
 class Engine(Protocol):

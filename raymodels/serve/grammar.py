@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from llguidance import LLMatcher, LLTokenizer
 from raymodels.serve.engine import Grammar, InvalidRequest
 from raymodels.serve.text import Text
 
-# JSON allows any white space, and a model that likes none of the other tokens would write nothing else.
-JSON = {"whitespace_pattern": r"[ \t\n]{0,16}", "coerce_one_of": True}
+# JSON allows white space without end, and some models would write nothing else. So it is written as most write it.
+JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 
 
 class Grammars:

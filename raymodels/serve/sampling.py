@@ -1,21 +1,30 @@
-"""Drawing tokens from logits, each choice with its own settings and its own random numbers."""
+"""Drawing tokens from logits, each choice with its own settings, its own random numbers and its own grammar."""
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
 
 import torch
 
 from raymodels.serve.engine import Sampling
+from raymodels.serve.grammar import Matcher
 
 CANDIDATES = 1024
 """The likeliest tokens that truncation is first tried on: they nearly always hold ``top_p`` of the mass."""
 
 
 class Sampler:
-    """Draws one choice's tokens. One uniform number a token, so the batch around it changes nothing."""
+    """Draws one choice's tokens. One uniform number a token, so the batch around it changes nothing.
 
-    def __init__(self, sampling: Sampling, choice: int) -> None:
-        self.greedy = sampling.temperature == 0
-        self._sampling = sampling
+    ``plain`` tells that the likeliest token of the logits as they are is what `draw` would draw.
+    """
+
+    def __init__(self, sampling: Sampling, choice: int, matcher: Matcher | None = None) -> None:
+        self._sampling, self._matcher = sampling, matcher
+        self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._adjusted = self._penalised or bool(sampling.logit_bias) or matcher is not None
+        self.plain = sampling.temperature == 0 and not self._adjusted
+        self._drawn: Counter[int] = Counter()
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -24,7 +33,34 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token id from a row of logits, shape (vocabulary,)."""
-        if self.greedy:
+        id = self._choose(self._adjust(logits) if self._adjusted else logits)
+        if self._penalised:
+            self._drawn[id] += 1
+        return id
+
+    def ends_with(self, id: int) -> bool:
+        """Go on by a drawn token; true if the choice's grammar lets nothing follow it.
+
+        Raises:
+            InvalidRequest: the grammar is too complex to follow.
+        """
+        return self._matcher is not None and self._matcher.accept(id)
+
+    def _adjust(self, logits: torch.Tensor) -> torch.Tensor:
+        """OpenAI's penalties, mu[j] - c[j] * frequency - (c[j] > 0) * presence, and biases; then the grammar."""
+        sampling, changes = self._sampling, defaultdict[int, float](float)
+        for id, times in self._drawn.items():
+            changes[id] -= times * sampling.frequency_penalty + sampling.presence_penalty
+        for id, bias in sampling.logit_bias:
+            changes[id] += bias
+        if changes:
+            ids = torch.tensor(list(changes), device=logits.device)
+            values = torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
+            logits = logits.index_add(0, ids, values)
+        return logits if self._matcher is None else self._matcher.forbid(logits)
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if self._sampling.temperature == 0:
             return int(logits.argmax())
         probabilities = torch.softmax(logits.double() / self._sampling.temperature, dim=-1)
         kept, ids = self._truncate(probabilities)

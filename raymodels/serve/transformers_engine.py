@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
-from raymodels.serve.batch import Batch
+from raymodels.serve.batch import Batch, Gain
 from raymodels.serve.engine import Delta, EngineStats, GenerateRequest, InvalidRequest, QueueFull
+from raymodels.serve.grammar import Grammars
 from raymodels.serve.kv_cache import ATTENTION, KVCache, Segment, packed_attention
+from raymodels.serve.prefix import PrefixCache
 from raymodels.serve.text import Text
 
 log = logging.getLogger(__name__)
@@ -47,14 +51,25 @@ class TransformersEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = _load(model_dir, config.dtype, device)
         self.text = Text(AutoTokenizer.from_pretrained(model_dir))
-        self.context = _context(self._model.config, config.max_context)
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._config = config
         self._threads = threads
-        layers = self._model.config.num_hidden_layers
-        self._cache = KVCache(layers, self._model.dtype, device)
+        memory = config.kv_memory or _spare_memory(device)
+        prefix_memory = memory * config.prefix_cache
+        self._cache = KVCache(_kv_shape(self._model.config), self._model.dtype, device, memory - prefix_memory)
+        self.context = _context(self._model.config, config.max_context, self._cache.longest)
+        prefixes = PrefixCache(self._cache, int(prefix_memory // self._cache.position_bytes))
+        ends = _ends(self._model, self.text)
+        self._grammars = Grammars(self.text, self._vocabulary, ends)
         self._batch = Batch(
-            self._model, self._cache, self.text, _ends(self._model, self.text), config.max_batch, config.prefill_chunk
+            self._model,
+            self._cache,
+            prefixes,
+            self.text,
+            self._grammars,
+            ends,
+            config.max_batch,
+            config.prefill_chunk,
         )
         self._listeners: dict[str, _Listener] = {}
         self._added: list[GenerateRequest] = []
@@ -82,9 +97,15 @@ class TransformersEngine:
             self._wake.notify()
         return self._deltas(request.id, listener)
 
+    async def embed(self, tokens: list[int]) -> list[float]:
+        """See `Engine.embed`."""
+        request = GenerateRequest(f"embed-{uuid.uuid4().hex}", tokens, max_tokens=0, embed=True)
+        deltas = [delta async for delta in self.generate(request)]
+        return list(deltas[-1].embedding)
+
     async def score(self, tokens: list[int]) -> list[float]:
         """See `Engine.score`."""
-        request = GenerateRequest(f"score-{id(tokens)}", tokens, max_tokens=0, prompt_logprobs=0)
+        request = GenerateRequest(f"score-{uuid.uuid4().hex}", tokens, max_tokens=0, prompt_logprobs=0)
         deltas = [delta async for delta in self.generate(request)]
         return [token.logprob for delta in deltas for token in delta.prompt if token.logprob is not None]
 
@@ -100,7 +121,16 @@ class TransformersEngine:
         running, batch = len(self._batch.active), self._batch
         with self._wake:
             in_flight = sum(each.choices for each in self._listeners.values())
-        return EngineStats(running, max(0, in_flight - running), batch.tokens_in, batch.tokens_out)
+        return EngineStats(
+            running=running,
+            queued=max(0, in_flight - running),
+            tokens_in=batch.tokens_in,
+            tokens_out=batch.tokens_out,
+            prefix_queries=batch.prefix_queries,
+            prefix_hits=batch.prefix_hits,
+            parkings=batch.parkings,
+            kv_usage=self._cache.used / self._cache.capacity,
+        )
 
     def check(self) -> None:
         """See `Engine.check`."""
@@ -130,6 +160,8 @@ class TransformersEngine:
         unknown = next((token for token in request.tokens if not 0 <= token < self._vocabulary), None)
         if unknown is not None:
             raise InvalidRequest(f"token id {unknown} is not in the vocabulary of {self._vocabulary}", "prompt")
+        if request.grammar:
+            self._grammars.check(request.grammar)
         if request.n > self._config.max_batch:
             raise InvalidRequest(f"n {request.n} is over the {self._config.max_batch} choices decoded at once", "n")
 
@@ -169,15 +201,15 @@ class TransformersEngine:
             aborted, self._aborted = self._aborted, []
         for id in aborted:  # before what was added: an id may be used again once its request has ended
             self._batch.abort(id)
-        self._batch.waiting.extend(added)
+        self._batch.add(added)
         return not self._closing
 
-    def _send(self, deltas: list[tuple[str, Delta]]) -> None:
+    def _send(self, gains: list[Gain]) -> None:
         """Hand a step's deltas over, one wake-up per event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Delta | Exception], Delta | Exception]]] = {}
-        for id, delta in deltas:
+        for id, gain in gains:
             if listener := self._listeners.get(id):
-                by_loop.setdefault(listener.loop, []).append((listener.queue, delta))
+                by_loop.setdefault(listener.loop, []).append((listener.queue, gain))
         for loop, items in by_loop.items():
             _call(loop, items)
 
@@ -195,11 +227,13 @@ class TransformersEngine:
         self._model.set_attn_implementation("sdpa")
         expected = self._model(input_ids=tokens, use_cache=False).logits[0].float()
         self._model.set_attn_implementation(ATTENTION)
-        rows = []
+        rows, row = [], self._cache.row(count)
+        assert row is not None
         for position, part in enumerate([tokens[:, : count // 2], *tokens[:, count // 2 :].split(1, dim=1)]):
             start = 0 if position == 0 else count // 2 + position - 1
-            plan = self._cache.plan([Segment(0, start, part.shape[1])])
+            plan = self._cache.plan([Segment(row, start, part.shape[1])])
             rows.append(self._model(input_ids=part, position_ids=plan, use_cache=False, kv_cache=self._cache).logits[0])
+        self._cache.free(row)
         found = torch.cat(rows).float()
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not error < (1e-3 if self._model.dtype == torch.float32 else 5e-2):
@@ -232,14 +266,34 @@ def _load(model_dir: str, dtype: str, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def _context(config: Any, limit: int | None) -> int:
+def _kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size."""
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), int(size)
+
+
+def _spare_memory(device: torch.device) -> float:
+    """What keys and values may take where ``engine.kv_memory`` is not set, once the weights are loaded."""
+    if device.type == "cuda":
+        return 0.8 * float(torch.cuda.mem_get_info(device)[0])
+    return min(4e9, 0.25 * float(psutil.virtual_memory().available))
+
+
+def _context(config: Any, limit: int | None, fits: int) -> int:
     positions = int(config.max_position_embeddings)
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window and (kinds is None or "sliding_attention" in kinds):
         positions = min(positions, int(window))  # within the window, every token sees all before it
     if limit is not None and limit > positions:
         raise ServeError(f"engine.max_context {limit} is over the model's {positions} positions: lower it")
-    return limit or positions
+    if not fits:
+        raise ServeError("engine.kv_memory does not hold a single sequence: raise it")
+    if limit is not None and limit > fits:
+        raise ServeError(f"engine.max_context {limit} is over the {fits} tokens that engine.kv_memory holds: raise it")
+    if limit is None and positions > fits:
+        log.warning("the context is cut from %d to the %d tokens that engine.kv_memory holds", positions, fits)
+    return limit or min(positions, fits)
 
 
 def _ends(model: Any, text: Text) -> frozenset[int]:

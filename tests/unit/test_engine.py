@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
 from raymodels.serve.engine import Delta, GenerateRequest, InvalidRequest, QueueFull, Sampling
 from raymodels.serve.transformers_engine import TransformersEngine
+from tests.unit.engines import GREEDY, all_texts, deltas, reference, run, texts
 
 pytestmark = pytest.mark.slow
 
-GREEDY = Sampling(temperature=0)
 PROMPTS = ["the model reads", "模型", "naïve café größer " * 6, "x", "a line and learns what follows the model"]
 SMALL = EngineConfig(max_batch=4, max_queue=8, prefill_chunk=7)
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -72,40 +71,6 @@ def llama(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
     engine = TransformersEngine(str(tiny_model_dir), SMALL)
     yield engine
     engine.close()
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 60))
-
-
-async def deltas(engine: TransformersEngine, prompt: str | list[int], id: str = "r", **changes: Any) -> list[Delta]:
-    tokens = engine.text.encode(prompt) if isinstance(prompt, str) else prompt
-    request = GenerateRequest(id, tokens, **{"max_tokens": 24, "sampling": GREEDY, **changes})
-    return [delta async for delta in engine.generate(request)]
-
-
-async def texts(engine: TransformersEngine, prompt: str, id: str = "r", **changes: Any) -> list[str]:
-    found = [""] * changes.get("n", 1)
-    for delta in await deltas(engine, prompt, id, **changes):
-        found[delta.choice] += delta.text
-    return found
-
-
-async def all_texts(engine: TransformersEngine, prompts: list[str]) -> list[str]:
-    found = await asyncio.gather(*(texts(engine, prompt, str(at)) for at, prompt in enumerate(prompts)))
-    return [text for (text,) in found]
-
-
-@functools.cache
-def loaded(model_dir: Path) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-
-
-def reference(model_dir: Path, prompt: str, new: int = 24) -> str:
-    model, tokenizer = loaded(model_dir)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def test_greedy_text_is_that_of_generate_alone_and_in_a_batch(engine: TransformersEngine, model_dir: Path) -> None:
