@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -118,7 +119,8 @@ class Group:
     def kill(self, ranks: Any) -> None:
         for rank in ranks:
             if self.processes[rank].exitcode is None:
-                os.kill(self.processes[rank].pid or 0, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # the fork server reaps a process before it tells of its end
+                    os.kill(self.processes[rank].pid or 0, signal.SIGKILL)
 
 
 @dataclass
