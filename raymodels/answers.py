@@ -5,7 +5,8 @@ Fields that a newer server adds to its answers are ignored.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -63,9 +64,24 @@ class Choice(Result):
     logprobs: Logprobs | None = None
 
 
+class Function(Result):
+    """What is called, its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Result):
+    id: str
+    type: str = "function"
+    function: Function
+
+
 class Message(Result):
     role: str
     content: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatChoice(Result):
@@ -105,11 +121,46 @@ class ChatCompletion(Result):
         return self.choices[0].text
 
 
+class Embedding(Result):
+    index: int = 0
+    embedding: tuple[float, ...]
+
+
+class EmbeddingList(Result):
+    data: tuple[Embedding, ...]
+
+
+class Tokens(Result):
+    """``token_strs``, if asked for, shows each token; part of a character as ``bytes:`` and hexadecimal digits."""
+
+    tokens: tuple[int, ...]
+    max_model_len: int
+    token_strs: tuple[str, ...] | None = None
+
+
+class Detokenized(Result):
+    prompt: str
+
+
+class FunctionPart(Result):
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCallPart(Result):
+    """A piece of the call number ``index``: the first has its id and name, all have some of its arguments."""
+
+    index: int
+    id: str | None = None
+    function: FunctionPart
+
+
 class Delta(Result):
-    """One piece of a stream: some text of choice ``index``, its end, or the usage of the whole request."""
+    """One piece of a stream: some text or calls of choice ``index``, its end, or the usage of the whole request."""
 
     index: int = 0
     text: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
     finish_reason: str | None = None
     logprobs: Logprobs | ChatLogprobs | None = None
     usage: Usage | None = None
@@ -138,8 +189,14 @@ class CompletionOptions(Sampling, total=False):
 
 
 class ChatOptions(Sampling, total=False):
+    """``response_format``, ``tools`` and ``tool_choice`` as in OpenAI's API."""
+
     logprobs: bool
     top_logprobs: int
+    response_format: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
 
 
 class StreamOptions(Sampling, total=False):
@@ -148,3 +205,7 @@ class StreamOptions(Sampling, total=False):
     logprobs: int | bool
     top_logprobs: int
     echo: bool
+    response_format: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool

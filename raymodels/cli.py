@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from raymodels.cli_keys import keys
 from raymodels.cli_runs import runs
+from raymodels.cli_serve import autoscale
 from raymodels.config import Config, ServeConfig, dump, load, to_yaml
 from raymodels.errors import ConfigError, RaymodelsError
 from raymodels.submit import Job
@@ -32,6 +34,8 @@ app = typer.Typer(
 models = typer.Typer(help="The registry: named, immutable, checksummed model versions.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(runs, name="runs")
+app.add_typer(keys, name="keys")
+app.add_typer(autoscale, name="autoscale")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as jobs/configs/demo.yaml")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated")]

@@ -26,11 +26,14 @@ from raymodels.answers import (
     Completion,
     CompletionOptions,
     Delta,
+    Detokenized,
+    EmbeddingList,
     Message,
     Model,
     ModelList,
     Prompt,
     StreamOptions,
+    Tokens,
 )
 from raymodels.errors import ClientError
 
@@ -105,6 +108,21 @@ class Client(_Caller[httpx.Client]):
         """Answer a conversation of messages with a ``role`` and a ``content``; raises as `complete` does."""
         request = protocol.body(self._model(model), options, ChatOptions, messages=protocol.chat_messages(messages))
         return protocol.parse(self._answer("POST", "/v1/chat/completions", request), ChatCompletion)
+
+    def embed(self, texts: Prompt, *, model: str | None = None) -> list[list[float]]:
+        """The vector of each text, of length 1; raises as `complete` does."""
+        request = {"model": self._model(model), "input": texts}
+        return protocol.vectors(protocol.parse(self._answer("POST", "/v1/embeddings", request), EmbeddingList))
+
+    def tokenize(self, text: str, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text; raises as `complete` does."""
+        request = {"model": self._model(model), "prompt": text, "add_special_tokens": add_special_tokens}
+        return list(protocol.parse(self._answer("POST", "/tokenize", request), Tokens).tokens)
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids; raises as `complete` does."""
+        request = {"model": self._model(model), "tokens": list(tokens)}
+        return protocol.parse(self._answer("POST", "/detokenize", request), Detokenized).prompt
 
     def stream(
         self,
@@ -197,6 +215,18 @@ class AsyncClient(_Caller[httpx.AsyncClient]):
             await self._model(model), options, ChatOptions, messages=protocol.chat_messages(messages)
         )
         return protocol.parse(await self._answer("POST", "/v1/chat/completions", request), ChatCompletion)
+
+    async def embed(self, texts: Prompt, *, model: str | None = None) -> list[list[float]]:
+        request = {"model": await self._model(model), "input": texts}
+        return protocol.vectors(protocol.parse(await self._answer("POST", "/v1/embeddings", request), EmbeddingList))
+
+    async def tokenize(self, text: str, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        request = {"model": await self._model(model), "prompt": text, "add_special_tokens": add_special_tokens}
+        return list(protocol.parse(await self._answer("POST", "/tokenize", request), Tokens).tokens)
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        request = {"model": await self._model(model), "tokens": list(tokens)}
+        return protocol.parse(await self._answer("POST", "/detokenize", request), Detokenized).prompt
 
     async def stream(
         self,

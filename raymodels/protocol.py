@@ -15,7 +15,16 @@ from typing import Any, NoReturn, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from raymodels.answers import ChatOptions, CompletionOptions, Delta, Message, Model, Prompt, Usage
+from raymodels.answers import (
+    ChatOptions,
+    CompletionOptions,
+    Delta,
+    EmbeddingList,
+    Message,
+    Model,
+    Prompt,
+    Usage,
+)
 from raymodels.errors import (
     BadRequest,
     ClientError,
@@ -81,7 +90,7 @@ def body(model: str, options: Mapping[str, Any], known: type, **fields: Any) -> 
 
 
 def chat_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [m.model_dump() if isinstance(m, Message) else dict(m) for m in messages]
+    return [m.model_dump(exclude_none=True) if isinstance(m, Message) else dict(m) for m in messages]
 
 
 def stream_request(
@@ -111,6 +120,11 @@ def parse(response: httpx.Response, kind: type[R]) -> R:
             f"{response.request.url.path} answered what is no {kind.__name__} ({where}: {first['msg']}): "
             f"is base_url a raymodels endpoint? It began {response.text[:100]!r}"
         ) from None
+
+
+def vectors(found: EmbeddingList) -> list[list[float]]:
+    """In the order of the texts."""
+    return [list(each.embedding) for each in sorted(found.data, key=lambda each: each.index)]
 
 
 def failure(response: httpx.Response) -> StatusError:
@@ -257,9 +271,10 @@ def _raise_streamed(content: Any, data: str) -> NoReturn:
 
 def _deltas(chunk: dict[str, Any]) -> Iterator[Delta]:
     for choice in chunk["choices"]:
-        text = choice["delta"].get("content") if "delta" in choice else choice["text"]
-        delta = Delta.model_validate({**choice, "text": text or ""})
-        if delta.text or delta.finish_reason or delta.logprobs:
+        gained = choice["delta"] if "delta" in choice else {"content": choice["text"]}
+        news = {"text": gained.get("content") or "", "tool_calls": gained.get("tool_calls") or ()}
+        delta = Delta.model_validate({**choice, **news})
+        if delta.text or delta.tool_calls or delta.finish_reason or delta.logprobs:
             yield delta
     if chunk.get("usage"):
         yield Delta(usage=Usage.model_validate(chunk["usage"]))

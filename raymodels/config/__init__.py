@@ -6,7 +6,15 @@ Every default and its meaning stands here and nowhere else; unknown keys are err
 
 from raymodels.config.files import from_yaml, load, to_yaml
 from raymodels.config.plain import changed_settings, difference, dump, validate
-from raymodels.config.serving import AutoscalingConfig, EngineConfig, HttpConfig, ModelServeConfig, ServeConfig
+from raymodels.config.serving import (
+    AutoscalingConfig,
+    EngineConfig,
+    HttpConfig,
+    KeysConfig,
+    ModelServeConfig,
+    ServeConfig,
+    TenantConfig,
+)
 from raymodels.config.training import (
     CheckpointConfig,
     Config,
@@ -34,6 +42,7 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "HttpConfig",
+    "KeysConfig",
     "ModelConfig",
     "ModelServeConfig",
     "OffloadConfig",
@@ -42,6 +51,7 @@ __all__ = [
     "RunConfig",
     "ServeConfig",
     "TaskConfig",
+    "TenantConfig",
     "TokenizerConfig",
     "TrainConfig",
     "WorkersConfig",

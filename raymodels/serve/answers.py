@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from raymodels.serve.engine import Delta, Token
-from raymodels.serve.schema import ChatRequest, CompletionRequest, Request
+from raymodels.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Request
+from raymodels.serve.tools import ToolReader
 
 Json = dict[str, Any]
 
 
 class Usage:
-    """Counts tokens, exactly: of prompts as encoded, of answers as generated, whether or not they became text."""
+    """Counts tokens, exactly: of prompts as encoded, of answers as generated, whether or not they became text.
 
-    def __init__(self, prompt_tokens: int) -> None:
+    Args:
+        cached_tokens: tokens of the prompts that were not computed again; none if the engine does not count them.
+    """
+
+    def __init__(self, prompt_tokens: int, cached_tokens: int | None = None) -> None:
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = cached_tokens
         self._generated: dict[int, int] = {}
 
     def add(self, delta: Delta) -> None:
@@ -28,11 +36,14 @@ class Usage:
         return sum(self._generated.values())
 
     def body(self) -> Json:
-        return {
+        counts: Json = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+        if self.cached_tokens is not None:
+            counts["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return counts
 
 
 class Answer(Protocol):
@@ -41,7 +52,8 @@ class Answer(Protocol):
     def opening(self) -> list[Json]:
         """Chunks to send before any text."""
 
-    def chunk(self, delta: Delta) -> Json: ...
+    def chunk(self, delta: Delta) -> Json | None:
+        """None where there is nothing to send yet."""
 
     def usage_chunk(self, usage: Usage) -> Json: ...
 
@@ -79,6 +91,8 @@ class ChatAnswer:
     def __init__(self, request: ChatRequest) -> None:
         self._logprobs = request.logprobs
         self._choices = request.n
+        self._tools = request.callable_tools
+        self._readers = [ToolReader(self._tools) for _ in range(request.n)] if self._tools else []
         self._frame = _frame("chatcmpl", "chat.completion", request.model)
         self._chunk_frame = self._frame | {"object": "chat.completion.chunk"}
         self._null_usage = _null_usage(request)
@@ -88,24 +102,38 @@ class ChatAnswer:
             self._piece(choice, {"role": "assistant", "content": ""}, None, None) for choice in range(self._choices)
         ]
 
-    def chunk(self, delta: Delta) -> Json:
-        content = {"content": delta.text} if delta.text else {}
-        return self._piece(delta.choice, content, self._chat_logprobs(delta), delta.finish)
+    def chunk(self, delta: Delta) -> Json | None:
+        content, calls = delta.text, list[Json]()
+        finish: str | None = delta.finish
+        if self._readers:
+            reader = self._readers[delta.choice]
+            content, calls = reader.read(delta.text, last=finish is not None)
+            finish = _finish(delta, reader)
+        logprobs = self._chat_logprobs(delta)
+        if not (content or calls or finish or (logprobs and logprobs["content"])):
+            return None
+        gained: Json = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        return self._piece(delta.choice, gained, logprobs, finish)
 
     def usage_chunk(self, usage: Usage) -> Json:
         return self._chunk_frame | {"choices": [], "usage": usage.body()}
 
     def whole(self, deltas: Iterable[Delta], usage: Usage) -> Json:
-        choices = [
-            {
-                "index": delta.choice,
-                "message": {"role": "assistant", "content": delta.text, "refusal": None},
-                "logprobs": self._chat_logprobs(delta),
-                "finish_reason": delta.finish,
-            }
-            for delta in joined(deltas)
-        ]
+        choices = [self._choice(delta) for delta in joined(deltas)]
         return self._frame | {"choices": choices, "usage": usage.body()}
+
+    def _choice(self, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        finish: str | None = delta.finish
+        if self._tools:
+            reader = ToolReader(self._tools)
+            content, calls = reader.read(delta.text, last=True)
+            if calls:
+                called = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+                message |= {"content": content if content.strip() else None, "tool_calls": called}
+            finish = _finish(delta, reader)
+        logprobs = self._chat_logprobs(delta)
+        return {"index": delta.choice, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def _piece(self, choice: int, content: Json, logprobs: Json | None, finish: str | None) -> Json:
         piece = {"index": choice, "delta": content, "logprobs": logprobs, "finish_reason": finish}
@@ -119,6 +147,25 @@ class ChatAnswer:
             top = [_chat_token(other.raw, other.logprob) for other in token.top]
             entries.append(_chat_token(token.raw, token.logprob) | {"top_logprobs": top})
         return {"content": entries, "refusal": None}
+
+
+def embeddings(request: EmbeddingRequest, vectors: list[list[float]], prompt_tokens: int) -> Json:
+    """The answer to ``POST /v1/embeddings``; base64 is of little-endian 32-bit floats."""
+    base = request.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": index, "embedding": _base64(vector) if base else vector}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+    return {"object": "list", "data": data, "model": request.model, "usage": usage}
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _finish(delta: Delta, reader: ToolReader) -> str | None:
+    return "tool_calls" if delta.finish == "stop" and reader.calls else delta.finish
 
 
 def joined(deltas: Iterable[Delta]) -> list[Delta]:
@@ -151,21 +198,25 @@ def _null_usage(request: Request) -> Json:
 
 def _completion_logprobs(tokens: list[Token]) -> Json:
     return {
-        "tokens": [_name(token.raw) for token in tokens],
+        "tokens": [token_name(token.raw) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            None if token.logprob is None else {_name(other.raw): other.logprob for other in token.top}
-            for token in tokens
-        ],
+        "top_logprobs": [_top(token) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
 
 
+def _top(token: Token) -> Json | None:
+    """The likeliest tokens, and the one that stands here, which may make one more than asked for."""
+    if token.logprob is None:
+        return None
+    return {token_name(other.raw): other.logprob for other in token.top} | {token_name(token.raw): token.logprob}
+
+
 def _chat_token(raw: bytes, logprob: float | None) -> Json:
-    return {"token": _name(raw), "logprob": logprob, "bytes": list(raw)}
+    return {"token": token_name(raw), "logprob": logprob, "bytes": list(raw)}
 
 
-def _name(raw: bytes) -> str:
+def token_name(raw: bytes) -> str:
     """The token as text, or as OpenAI writes one that is no whole character: ``bytes:\\xe2\\x82``."""
     try:
         return raw.decode()

@@ -14,12 +14,13 @@ from ray.serve.api import RunTarget
 
 from raymodels import storage
 from raymodels.cluster import connect
-from raymodels.config import ModelServeConfig, ServeConfig, load
+from raymodels.config import HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
 from raymodels.errors import ConfigError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.gateway import Gateway
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
+from raymodels.serve.scaling import serve_settings
 
 GATEWAY = "gateway"
 POLL_S = 0.25
@@ -72,6 +73,7 @@ def deploy(config: ServeConfig) -> Endpoint:
     has it already replaces its table, once the new models run; if they do not, what ran before is left as it was.
 
     Raises:
+        ConfigError: ``http.keys_file`` cannot be used.
         ClusterError: the cluster does not answer, or refuses the token.
         RegistryError: a model, version or alias is unknown.
         IntegrityError: a file of a version differs from its checksum; names it.
@@ -83,7 +85,8 @@ def deploy(config: ServeConfig) -> Endpoint:
         for model, version in zip(config.models, versions.values(), strict=True)
     ]
     table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
-    gateway = RunTarget(_gateway(config).bind(config.http, table), name=GATEWAY, route_prefix="/")
+    engines = {_name(versions[model.public_name]): model.engine for model in config.models}
+    gateway = RunTarget(_gateway(config).bind(_http(config), table, None, engines), name=GATEWAY, route_prefix="/")
     owns_ray, owns_serve = connect(), not serve.status().proxies
     present = set(serve.status().applications)
     endpoint = Endpoint(
@@ -117,12 +120,13 @@ def application(args: dict[str, str]) -> serve.Application:
     if args.keys() != {"config"}:
         raise ConfigError(f"args of {__name__}:application must be config alone, not {sorted(args)}")
     config = load(args["config"], root=ServeConfig)
-    table, bound = {}, {}
+    table, bound, engines = {}, {}, {}
     for model in config.models:
         version = Registry(storage.absolute(config.registry)).resolve(model.model)
         bound[_name(version)] = _replicas(config, model, version)
         table[model.public_name] = Route({_name(version): 1.0})
-    return _gateway(config).bind(config.http, table, bound)
+        engines[_name(version)] = model.engine
+    return _gateway(config).bind(config.http, table, bound, engines)
 
 
 def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:
@@ -149,13 +153,7 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) ->
         # Twice what the engine holds, so that it is the engine which refuses: it counts choices, not requests.
         max_ongoing_requests=2 * (engine.max_batch + engine.max_queue),
         max_queued_requests=engine.max_queue,
-        autoscaling_config={
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-            "upscale_delay_s": scaling.upscale_delay_s,
-            "downscale_delay_s": scaling.downscale_delay_s,
-        },
+        autoscaling_config=serve_settings(scaling),
     )
     return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads)
 
@@ -168,6 +166,15 @@ def _gateway(config: ServeConfig) -> Any:
         ray_actor_options={"num_cpus": http.gateway_cpus},
         max_ongoing_requests=10_000,
     )
+
+
+def _http(config: ServeConfig) -> HttpConfig:
+    """The settings with a keys file that every process finds. What is wrong with it is said before anything starts."""
+    if config.http.keys_file is None:
+        return config.http
+    keys_file = storage.absolute(config.http.keys_file)
+    load(keys_file, root=KeysConfig)
+    return config.http.model_copy(update={"keys_file": keys_file})
 
 
 def _distinct(targets: list[RunTarget]) -> list[RunTarget]:

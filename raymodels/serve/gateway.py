@@ -6,7 +6,9 @@ not postponed: FastAPI could not resolve their names in the copy.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,21 +18,34 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ray import serve
 from starlette.exceptions import HTTPException
 
-from raymodels.config import HttpConfig
-from raymodels.serve.answers import Answer, answer_to
-from raymodels.serve.metrics import CLIENT_LEFT, Clock
+from raymodels.config import EngineConfig, HttpConfig
+from raymodels.serve.admission import Admission
+from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
+from raymodels.serve.capacity import Capacity
+from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden
+from raymodels.serve.metrics import CLIENT_LEFT, engine_stats
+from raymodels.serve.openapi import page
+from raymodels.serve.quotas import check_prompt, estimated_tokens, limited, sequences
+from raymodels.serve.replica import Description, Waiting
 from raymodels.serve.routing import Call, Route, Routes
-from raymodels.serve.schema import Problem, Refused, Request, read_chat, read_completion
+from raymodels.serve.schema import (
+    Problem,
+    Refused,
+    Request,
+    read_chat,
+    read_completion,
+    read_detokenize,
+    read_embedding,
+    read_tokenize,
+)
 
-app = FastAPI(title="raymodels", docs_url=None, redoc_url=None)
+log = logging.getLogger(__name__)
+
+app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None)
+app.add_middleware(Door, front=lambda: serve.get_replica_context().servable_object.front)
+JSON = "application/json"
+DESCRIBE_S, STATS_S = 2.0, 1.0
 SERVER_SENT_EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-
-
-@app.exception_handler(Refused)
-async def _on_refused(_: HttpRequest, refused: Refused) -> JSONResponse:
-    problem = refused.problem
-    headers = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s else None
-    return JSONResponse(problem.body(), problem.status, headers)
 
 
 @app.exception_handler(HTTPException)
@@ -39,38 +54,57 @@ async def _on_http(http: HttpRequest, error: HTTPException) -> JSONResponse:
     return JSONResponse(Problem(status=error.status_code, message=message).body(), error.status_code, error.headers)
 
 
-async def _json(http: HttpRequest, limit: int) -> Any:
-    """The decoded body, of which no more than ``limit`` bytes are ever held."""
+def _check_media_type(http: HttpRequest) -> None:
+    given = http.headers.get("Content-Type", JSON).partition(";")[0].strip().lower()
+    if given != JSON:
+        message = f"Content-Type {given!r} is not understood: send {JSON}"
+        raise Refused(Problem(status=415, message=message, code="unsupported_media_type"))
+
+
+async def _body(http: HttpRequest, limit: int, deadline: float) -> bytes:
+    """The body, of which no more than ``limit`` bytes are ever held."""
     body = bytearray()
-    async for piece in http.stream():
-        body += piece
-        if len(body) > limit:
-            raise Refused(Problem(status=413, message=f"the body is over {limit} bytes", code="body_too_large"))
+    try:
+        async with asyncio.timeout_at(deadline):
+            async for piece in http.stream():
+                body += piece
+                if len(body) > limit:
+                    raise Refused(Problem(status=413, message=f"the body is over {limit} bytes", code="body_too_large"))
+    except TimeoutError:
+        message = "the body did not arrive within the request's time"
+        raise Refused(Problem(status=408, message=message, code="timeout")) from None
+    return bytes(body)
+
+
+def _json(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(Problem(status=400, message=f"the body is not JSON: {error}")) from error
 
 
-async def _events(request: Request, answer: Answer, call: Call, clock: Clock) -> AsyncIterator[bytes]:
+async def _events(request: Request, answer: Answer, call: Call, visit: Visit) -> AsyncIterator[bytes]:
     """The answer as server-sent events. A failure is an event too: the status has long been sent."""
-    status = CLIENT_LEFT
     try:
         if opening := answer.opening():
             yield _sent(opening)
         async for deltas in call.deltas():
-            clock.text()
-            yield _sent([answer.chunk(delta) for delta in deltas])
+            visit.got(deltas)
+            if chunks := [chunk for delta in deltas if (chunk := answer.chunk(delta)) is not None]:
+                yield _sent(chunks)
         if request.stream_options and request.stream_options.include_usage:
             yield _sent([answer.usage_chunk(call.usage)])
+        visit.status = 200
         yield b"data: [DONE]\n\n"
-        status = 200
     except Refused as refused:
-        status = refused.problem.status
+        visit.refused(refused.problem)
         yield _sent([refused.problem.body()])
+    except Exception as error:
+        log.error("request %s failed", visit.id, exc_info=error)
+        visit.refused(FAILED)
+        yield _sent([FAILED.body()])
     finally:
         call.cancel()
-        clock.end(status, call.usage)
 
 
 def _sent(chunks: list[dict[str, Any]]) -> bytes:
@@ -85,11 +119,22 @@ class Gateway:
     Args:
         table: model name -> route.
         bound: application -> handle, of models deployed in the gateway's own application.
+        engines: application -> the settings of its replicas' engines.
     """
 
-    def __init__(self, http: HttpConfig, table: dict[str, Route], bound: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        http: HttpConfig,
+        table: dict[str, Route],
+        bound: dict[str, Any] | None = None,
+        engines: dict[str, EngineConfig] | None = None,
+    ) -> None:
         self._http = http
         self._routes = Routes(table, dict(bound or {}))
+        self.front = Front(http)
+        self._capacity = Capacity(http, table, engines or {})
+        self._admission = Admission(self._capacity.room, http.gateway_replicas)
+        self._watching = asyncio.get_running_loop().create_task(self._capacity.watch(self._admission.dispatch))
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -104,23 +149,101 @@ class Gateway:
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
+        await asyncio.gather(*(self._show_engine(model) for model in self._routes.table))
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self._describe(name) for name in self._routes.table]}
+    async def models(self, http: HttpRequest) -> dict[str, Any]:
+        allowed = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
+        return {"object": "list", "data": [await self._describe(name) for name in allowed]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(self, model: str) -> dict[str, Any]:
+    async def model(self, http: HttpRequest, model: str) -> dict[str, Any]:
+        self._check(http.state.visit, model)
         return await self._describe(model)
 
     @app.post("/v1/completions")
     async def completions(self, http: HttpRequest) -> Response:
-        return await self._answer(http, "completions", read_completion)
+        return await self._answer(http, read_completion)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, http: HttpRequest) -> Response:
-        return await self._answer(http, "chat_completions", read_chat)
+        return await self._answer(http, read_chat)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(self, http: HttpRequest) -> JSONResponse:
+        request = await self._read(http, read_embedding)
+        embedded = await self._ask(http, request.model, "embed", request)
+        http.state.visit.usage = Usage(embedded.prompt_tokens)
+        return JSONResponse(embeddings(request, embedded.vectors, embedded.prompt_tokens))
+
+    @app.post("/tokenize")
+    async def tokenize(self, http: HttpRequest) -> JSONResponse:
+        request = await self._read(http, read_tokenize)
+        return JSONResponse(await self._ask(http, request.model, "tokenize", request))
+
+    @app.post("/detokenize")
+    async def detokenize(self, http: HttpRequest) -> JSONResponse:
+        request = await self._read(http, read_detokenize)
+        return JSONResponse(await self._ask(http, request.model, "detokenize", request))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(self, http: HttpRequest) -> JSONResponse:
+        given = http.query_params.get("model")
+        model = self._routes.only() if given is None else given
+        return JSONResponse({"model": model} | await self._ask(http, model, "tokenizer_info"))
+
+    @app.get("/openapi.json")
+    async def openapi(self, http: HttpRequest) -> JSONResponse:
+        names = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
+        about = await asyncio.gather(*(self._about(name) for name in names))
+        return JSONResponse(page(dict(zip(names, about, strict=True)), self._http))
+
+    async def _show_engine(self, model: str) -> None:
+        """Show what an engine of the model says of itself. Asking must not start a model that has no replica."""
+        if not self._capacity.running(model):
+            return
+        try:
+            stats = await self._routes.ask(model, "stats", deadline=asyncio.get_running_loop().time() + STATS_S)
+        except Refused:
+            return
+        engine_stats(model, asdict(stats))
+
+    def _waiting(self, model: str) -> Waiting:
+        """What waits for a model at all gateways, if it is the same at each."""
+        queue, gateways = self._admission.queue(model), self._http.gateway_replicas
+        return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens)
+
+    async def _about(self, model: str) -> Description | None:
+        """What serves a model; none where no replica says so at once."""
+        try:
+            async with asyncio.timeout(DESCRIBE_S):
+                return await self._routes.describe(model)
+        except (Refused, TimeoutError):
+            return None
+
+    async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
+        visit: Visit = http.state.visit
+        body = await _body(http, self._http.max_body_bytes, visit.deadline)
+        _check_media_type(http)
+        visit.body_bytes = len(body)
+        return read(_json(body))
+
+    async def _ask(self, http: HttpRequest, model: str | None, method: str, *args: Any) -> Any:
+        """What a replica answers at once. Embeddings take turns with everything else that the model computes."""
+        visit: Visit = http.state.visit
+        name = self._routes.only() if model is None else model
+        self._check(visit, name)
+        work = (estimated_tokens(visit.body_bytes, *args), sequences(*args)) if method == "embed" else (0, 0)
+        await visit.hold(self._admission.slot(visit.tenant, name, *work, visit.deadline))
+        return await self._routes.ask(name, method, *args, deadline=visit.deadline)
+
+    def _check(self, visit: Visit, model: str) -> None:
+        """Raises `Refused`: 403, this tenant may not call this model; 404, there is none."""
+        if not visit.tenant.allows(model):
+            raise forbidden(visit.tenant, model)
+        self._routes.check(model)
+        visit.model = model
 
     async def _describe(self, model: str) -> dict[str, Any]:
         about = await self._routes.describe(model)
@@ -134,16 +257,23 @@ class Gateway:
             "has_chat_template": about.has_chat_template,
         }
 
-    async def _answer(self, http: HttpRequest, route: str, read: Callable[[Any], Request]) -> Response:
-        clock = Clock(route)
-        with clock.failing():
-            request = read(await _json(http, self._http.max_body_bytes))
-            deadline = asyncio.get_running_loop().time() + self._http.request_timeout_s
-            call = await self._routes.call(request, deadline)
-            clock.model = request.model
-            answer = answer_to(request)
-            if not request.stream:
-                deltas = [delta async for batch in call.deltas() for delta in batch]
-                clock.end(200, call.usage)
-                return JSONResponse(answer.whole(deltas, call.usage))
-        return StreamingResponse(_events(request, answer, call, clock), headers=SERVER_SENT_EVENTS)
+    async def _answer(self, http: HttpRequest, read: Callable[[Any], Request]) -> Response:
+        visit: Visit = http.state.visit
+        request = await self._read(http, read)
+        self._check(visit, request.model)
+        request = limited(request, visit.tenant, self._http)
+        tokens = estimated_tokens(visit.body_bytes, request)
+        await visit.hold(self._admission.slot(visit.tenant, request.model, tokens, sequences(request), visit.deadline))
+        call = await self._routes.call(request, visit.deadline, self._waiting(request.model))
+        visit.at_end(call.cancel)
+        visit.usage = call.usage
+        check_prompt(call.usage.prompt_tokens, visit.tenant, self._http)
+        answer = answer_to(request)
+        if request.stream:
+            visit.status = CLIENT_LEFT  # until the stream has been sent to its end
+            return StreamingResponse(_events(request, answer, call, visit), headers=SERVER_SENT_EVENTS)
+        deltas = []
+        async for batch in call.deltas():
+            visit.got(batch)
+            deltas += batch
+        return JSONResponse(answer.whole(deltas, call.usage))

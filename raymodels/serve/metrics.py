@@ -1,66 +1,111 @@
-"""What the gateway measures of each request, for Prometheus. Counted in the gateway's own process."""
+"""What the gateway measures, for Prometheus. Counted in the gateway's own process; tenants appear by name.
+
+The same figures are also there under the names that vLLM gives them, as dashboards and autoscalers know those.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
-from prometheus_client import Counter, Histogram
-
-from raymodels.serve.answers import Usage
-from raymodels.serve.schema import Refused
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 LABELS = ("model", "route")
 
-REQUESTS = Counter("raymodels_serve_requests", "requests by HTTP status", (*LABELS, "status"))
+REQUESTS = Counter("raymodels_serve_requests", "requests by HTTP status", (*LABELS, "tenant", "status"))
+REFUSED = Counter("raymodels_serve_refused", "requests refused, by the error's code", ("model", "tenant", "reason"))
+FINISHED = Counter("raymodels_serve_finished", "choices by why they ended", ("model", "reason"))
 FIRST_TOKEN = Histogram(
     "raymodels_serve_time_to_first_token_seconds", "from request to first text", LABELS, buckets=BUCKETS
+)
+INTER_TOKEN = Histogram(
+    "raymodels_serve_inter_token_latency_seconds",
+    "between two tokens of a choice; of tokens sent together, their mean",
+    LABELS,
+    buckets=TOKEN_BUCKETS,
 )
 DURATION = Histogram(
     "raymodels_serve_request_seconds", "from request to the end of its answer", LABELS, buckets=BUCKETS
 )
-TOKENS_IN = Counter("raymodels_serve_tokens_in", "prompt tokens", ("model",))
-TOKENS_OUT = Counter("raymodels_serve_tokens_out", "generated tokens", ("model",))
+TOKENS_IN = Counter("raymodels_serve_tokens_in", "prompt tokens", ("model", "tenant"))
+TOKENS_OUT = Counter("raymodels_serve_tokens_out", "generated tokens", ("model", "tenant"))
+
+RUNNING = Gauge("raymodels_serve_running_requests", "requests that the model works on", ("model",))
+QUEUE_REQUESTS = Gauge("raymodels_serve_queue_requests", "requests waiting in the gateway", ("model",))
+QUEUE_TOKENS = Gauge("raymodels_serve_queue_tokens", "tokens, estimated, of the requests waiting", ("model",))
+QUEUE_SECONDS = Histogram("raymodels_serve_queue_seconds", "waiting in the gateway", ("model",), buckets=BUCKETS)
+
+REPLICAS = Gauge("raymodels_serve_replicas", "replicas that are running", ("model",))
+REPLICA_CHANGES = Counter("raymodels_serve_replica_changes", "changes of that number, by why", ("model", "reason"))
+
+KEYS_LOADED = Gauge("raymodels_serve_keys_loaded_timestamp_seconds", "when the keys in force were read")
+KEYS_RELOAD_FAILED = Counter("raymodels_serve_keys_reload_failures", "changed keys files that could not be used")
+
+ENGINE = {
+    "running": Gauge("raymodels_serve_engine_running", "choices in the batch", ("model",)),
+    "queued": Gauge("raymodels_serve_engine_queued", "requests waiting for a place in the batch", ("model",)),
+    "kv_usage": Gauge("raymodels_serve_kv_cache_usage_ratio", "share of the KV memory in use, 0 to 1", ("model",)),
+    "prefix_queries": Gauge("raymodels_serve_prefix_cache_queries", "prompt tokens looked up", ("model",)),
+    "prefix_hits": Gauge("raymodels_serve_prefix_cache_hits", "prompt tokens found computed", ("model",)),
+}
 
 CLIENT_LEFT = 499
 
+# vLLM's name -> ours.
+ALIASES: dict[str, Collector] = {
+    "vllm:num_requests_running": RUNNING,
+    "vllm:num_requests_waiting": QUEUE_REQUESTS,
+    "vllm:kv_cache_usage_perc": ENGINE["kv_usage"],
+    "vllm:gpu_cache_usage_perc": ENGINE["kv_usage"],
+    "vllm:time_to_first_token_seconds": FIRST_TOKEN,
+    "vllm:inter_token_latency_seconds": INTER_TOKEN,
+    "vllm:time_per_output_token_seconds": INTER_TOKEN,
+    "vllm:e2e_request_latency_seconds": DURATION,
+    "vllm:request_queue_time_seconds": QUEUE_SECONDS,
+    "vllm:prompt_tokens": TOKENS_IN,
+    "vllm:generation_tokens": TOKENS_OUT,
+    "vllm:request_success": FINISHED,
+}
+RENAMED_LABELS = {"model": "model_name", "reason": "finished_reason"}
 
-class Clock:
-    """Follows one request from its arrival. ``model`` stays empty until it is a known one, to bound the labels."""
 
-    def __init__(self, route: str) -> None:
-        self.model = ""
-        self._route = route
-        self._start = time.perf_counter()
-        self._first = True
+class Aliases(Collector):
+    """Metrics under other names, copied when they are read. Labels that the originals have beyond vLLM's are kept."""
 
-    def text(self) -> None:
-        """Some text goes out; the first time counts."""
-        if self._first:
-            FIRST_TOKEN.labels(self.model, self._route).observe(time.perf_counter() - self._start)
-        self._first = False
+    def __init__(self, aliases: Mapping[str, Collector]) -> None:
+        self._aliases = aliases
 
-    def end(self, status: int, usage: Usage | None = None) -> None:
-        REQUESTS.labels(self.model, self._route, str(status)).inc()
-        DURATION.labels(self.model, self._route).observe(time.perf_counter() - self._start)
-        if usage is not None:
-            TOKENS_IN.labels(self.model).inc(usage.prompt_tokens)
-            TOKENS_OUT.labels(self.model).inc(usage.completion_tokens)
+    def collect(self) -> Iterable[Metric]:
+        for alias, original in self._aliases.items():
+            for metric in original.collect():
+                copy = Metric(alias, metric.documentation, metric.type)
+                copy.samples = [_renamed(sample, metric.name, alias) for sample in metric.samples]
+                yield copy
 
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Counts the request as ended if the body raises."""
-        try:
-            yield
-        except Refused as refused:
-            self.end(refused.problem.status)
-            raise
-        except asyncio.CancelledError:
-            self.end(CLIENT_LEFT)
-            raise
-        except BaseException:
-            self.end(500)
-            raise
+    def describe(self) -> Iterable[Metric]:
+        return [Metric(alias, "", "unknown") for alias in self._aliases]
+
+
+def _renamed(sample: Sample, name: str, alias: str) -> Sample:
+    labels = {RENAMED_LABELS.get(label, label): value for label, value in sample.labels.items()}
+    return sample._replace(name=alias + sample.name.removeprefix(name), labels=labels)
+
+
+REGISTRY.register(Aliases(ALIASES))
+
+
+def engine_stats(model: str, stats: Mapping[str, float]) -> None:
+    """Show what a model's engine says of itself; keys are those of `ENGINE`, others are left out."""
+    for key, gauge in ENGINE.items():
+        if key in stats:
+            gauge.labels(model).set(stats[key])
+
+
+def replicas_changed(model: str, replicas: int, reason: str) -> None:
+    """Show a model's replicas, and why their number is another one now."""
+    REPLICAS.labels(model).set(replicas)
+    REPLICA_CHANGES.labels(model, reason).inc()

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
 from ray import serve
+from transformers import AutoConfig
 
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
-from raymodels.serve.engine import Delta, Engine, GenerateRequest, InvalidRequest, QueueFull, Sampling
-from raymodels.serve.schema import ChatRequest, CompletionRequest, Problem, Refused, Request, overloaded
+from raymodels.serve.answers import token_name
+from raymodels.serve.engine import Delta, Engine, EngineStats, InvalidRequest, QueueFull
+from raymodels.serve.load import LoadMeter
+from raymodels.serve.schema import (
+    ChatRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Problem,
+    Refused,
+    Request,
+    TokenizeChatRequest,
+    TokenizeRequest,
+    overloaded,
+    refused,
+)
 from raymodels.serve.transformers_engine import TransformersEngine
+from raymodels.serve.translate import Translator
+from raymodels.serve.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +51,30 @@ class Description:
     context: int
     has_chat_template: bool
     published_unix_seconds: int
+    vocabulary: int
+    choices: int
+    """Most choices of one request."""
+    dimensions: int
+    """Of an embedding."""
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """One vector per text, and the tokens of all texts."""
+
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What waits at the gateways, where the autoscaler cannot see it."""
+
+    sequences: int
+    tokens: int
+
+
+NOBODY = Waiting(0, 0)
 Item = Accepted | Problem | list[Delta]
 
 
@@ -57,113 +94,129 @@ class Replica:
 
     def __init__(self, registry: str, reference: str, engine: EngineConfig, threads: int) -> None:
         self._version: Version = Registry(registry).resolve(reference)
-        self._engine: Engine = TransformersEngine(self._version.fetch(), engine, threads)
-        self._max_prompts = engine.max_batch + engine.max_queue
+        folder = self._version.fetch()
+        self._engine: Engine = TransformersEngine(folder, engine, threads)
+        self._dimensions = int(AutoConfig.from_pretrained(folder).hidden_size)
+        self._choices = engine.max_batch
+        self._load = LoadMeter()
+        self._translator = Translator(
+            self._engine.text, self._version.reference, self._engine.context, engine.max_batch + engine.max_queue
+        )
 
-    async def generate(self, request: Request) -> AsyncIterator[Item]:
+    async def generate(self, request: Request, waiting: Waiting = NOBODY) -> AsyncIterator[Item]:
         """Answer one request: `Accepted` and then lists of deltas, or a single `Problem`.
 
         Deltas of several prompts are numbered through: choice ``c`` of prompt ``p`` is ``p * n + c``. Closing the
         iterator frees all that the request holds.
         """
+        self._load.held(waiting.sequences, waiting.tokens)
         try:
-            parts = self._parts(request)
+            parts = self._translator.parts(request)
         except Refused as refused:
             yield refused.problem
             return
+        choices, began, accepted = request.n * len(parts), time.monotonic(), False
+        self._load.arrived(choices)
         try:
             try:
                 streams = [self._engine.generate(part) for part in parts]
             except (InvalidRequest, QueueFull) as error:
                 yield _problem(error, request)
                 return
+            accepted = True
             yield Accepted(sum(len(part.tokens) for part in parts))
-            if echoed := self._echo(request, parts):
+            if echoed := self._echo(request):
                 yield echoed
             offsets = [len(delta.text) for delta in echoed] or [0] * request.n * len(parts)
             async for deltas in _merged(streams):
+                if began:
+                    self._load.first_token(time.monotonic() - began)
+                    began = 0.0
                 yield [_shifted(replace(delta, choice=p * request.n + delta.choice), offsets) for p, delta in deltas]
         finally:
+            if accepted:
+                self._load.left(choices)
             for part in parts:
                 self._engine.abort(part.id)
 
+    async def embed(self, request: EmbeddingRequest) -> Embedded | Problem:
+        """The vectors of one or several texts."""
+        try:
+            if request.dimensions not in (None, self._dimensions):
+                raise refused(f"dimensions: this model has {self._dimensions} and no other", "dimensions")
+            inputs = self._translator.inputs(request)
+            vectors = await asyncio.gather(*(self._engine.embed(tokens) for tokens in inputs))
+        except Refused as error:
+            return error.problem
+        except (InvalidRequest, QueueFull) as error:
+            return _problem(error, request)
+        return Embedded(vectors, sum(len(tokens) for tokens in inputs))
+
+    async def tokenize(self, request: TokenizeRequest | TokenizeChatRequest) -> dict[str, Any] | Problem:
+        """The answer to ``POST /tokenize``."""
+        try:
+            tokens = self._translator.tokens(request)
+        except Refused as error:
+            return error.problem
+        names = [token_name(self._engine.text.raw(token)) for token in tokens] if request.return_token_strs else None
+        return {"count": len(tokens), "max_model_len": self._engine.context, "tokens": tokens, "token_strs": names}
+
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any] | Problem:
+        """The answer to ``POST /detokenize``, special tokens included."""
+        try:
+            self._translator.known(request.tokens, "tokens")
+        except Refused as error:
+            return error.problem
+        return {"prompt": self._engine.text.decode(request.tokens, special=True)}
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """The answer to ``GET /tokenizer_info``, but the model's name."""
+        text = self._engine.text
+        return text.describe() | {"max_model_len": self._engine.context, "chat_template": text.chat_template}
+
     async def describe(self) -> Description:
         published = int(self._version.card.get("published_unix_seconds", 0))
-        text, context = self._engine.text, self._engine.context
-        return Description(self._version.reference, context, text.has_chat_template, published)
+        text = self._engine.text
+        return Description(
+            reference=self._version.reference,
+            context=self._engine.context,
+            has_chat_template=text.has_chat_template,
+            published_unix_seconds=published,
+            vocabulary=text.size,
+            choices=self._choices,
+            dimensions=self._dimensions,
+        )
 
-    async def stats(self) -> Any:
-        """The engine's `EngineStats`."""
+    async def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve about once a second; what `scaling.ServePolicy` decides by."""
+        return self._load.report(self._engine.stats())
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica when this raises."""
         self._engine.check()
 
-    def _parts(self, request: Request) -> list[GenerateRequest]:
-        """One engine request per prompt."""
-        prompts = self._prompts(request)
-        if len(prompts) * request.n > self._max_prompts:
-            message = f"{len(prompts)} prompts with n {request.n} are over the {self._max_prompts} choices held at once"
-            raise Refused(Problem(status=400, message=f"{message}: send fewer", param="prompt"))
-        return [self._part(request, tokens) for tokens in prompts]
-
-    def _part(self, request: Request, tokens: list[int]) -> GenerateRequest:
-        room = self._engine.context - len(tokens)
-        if isinstance(request, ChatRequest):
-            max_tokens = request.max_completion_tokens or request.max_tokens or max(1, room)
-            logprobs, prompt_logprobs = (request.top_logprobs if request.logprobs else None), None
-        else:
-            max_tokens = request.max_tokens if request.max_tokens is not None else max(1, min(16, room))
-            logprobs, prompt_logprobs = request.logprobs, request.logprobs if request.echo else None
-        return GenerateRequest(
-            id=uuid.uuid4().hex,
-            tokens=tokens,
-            max_tokens=max_tokens,
-            n=request.n,
-            sampling=Sampling(request.temperature, request.top_p, max(0, request.top_k), request.seed),
-            stop=request.stops,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _prompts(self, request: Request) -> list[list[int]]:
-        text, field = self._engine.text, "messages" if isinstance(request, ChatRequest) else "prompt"
-        try:
-            if isinstance(request, CompletionRequest):
-                prompts = [text.encode(p) if isinstance(p, str) else p for p in request.prompts]
-            elif text.has_chat_template:
-                prompts = [text.encode_chat([message.plain() for message in request.messages])]
-            else:
-                name = self._version.reference
-                raise Refused(Problem(status=400, message=f"{name} has no chat template: use /v1/completions"))
-        except UnicodeEncodeError as error:
-            raise _unusable(f"{field} holds a lone surrogate, which is no character: {error.reason}", field) from error
-        except TemplateError as error:
-            raise _unusable(f"the model's chat template refuses this conversation: {error}", field) from error
-        start = [] if text.start is None else [text.start]
-        return [prompt or start for prompt in prompts]
-
-    def _echo(self, request: Request, parts: list[GenerateRequest]) -> list[Delta]:
+    def _echo(self, request: Request) -> list[Delta]:
         """The prompts themselves, as the beginning of every choice's text."""
         if isinstance(request, ChatRequest) or not request.echo:
             return []
-        texts = [p if isinstance(p, str) else self._engine.text.decode(p) for p in request.prompts]
         return [
             Delta(choice=position * request.n + choice, text=text, generated=0)
-            for position, text in enumerate(texts)
+            for position, text in enumerate(self._translator.echoed(request))
             for choice in range(request.n)
         ]
 
 
-def _unusable(message: str, field: str) -> Refused:
-    return Refused(Problem(status=400, message=message, param=field))
-
-
-def _problem(error: InvalidRequest | QueueFull, request: Request) -> Problem:
+def _problem(error: InvalidRequest | QueueFull, request: Wire) -> Problem:
     if isinstance(error, QueueFull):
         return overloaded(str(error))
-    field = "messages" if error.field == "prompt" and isinstance(request, ChatRequest) else error.field
+    field = error.field
+    if field == "prompt":
+        field = {ChatRequest: "messages", EmbeddingRequest: "input"}.get(type(request), field)
+    elif field == "grammar" and isinstance(request, ChatRequest):
+        field = "response_format" if request.json_schema is not None and not request.callable_tools else "tools"
     return Problem(status=400, message=str(error), param=field, code=error.code)
 
 

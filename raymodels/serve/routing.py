@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
-from raymodels.serve.replica import Accepted, Description
+from raymodels.serve.replica import NOBODY, Accepted, Description, Waiting
 from raymodels.serve.schema import RETRY_AFTER_S, Problem, Refused, Request, overloaded
 
 log = logging.getLogger(__name__)
@@ -57,23 +57,54 @@ class Routes:
             raise _failed(error) from error
         return about
 
-    async def call(self, request: Request, deadline: float) -> Call:
+    async def call(self, request: Request, deadline: float, waiting: Waiting = NOBODY) -> Call:
         """Send a request to a replica of its model; returns once the replica has taken it.
 
         Args:
             deadline: when to give up, in the event loop's time.
+            waiting: what else waits for the model, for the autoscaler.
 
         Raises:
             Refused: by the table, by the replica, or because none answers.
         """
         handle = await self._handle(self._route(request.model).choose())
-        call = Call(handle.options(stream=True).generate.remote(request), deadline)
+        call = Call(handle.options(stream=True).generate.remote(request, waiting), deadline)
         try:
             await call.accept()
         except BaseException:
             call.cancel()
             raise
         return call
+
+    async def ask(self, model: str, method: str, *args: Any, deadline: float) -> Any:
+        """Call a method of a replica that answers once; raises as `call`."""
+        handle = await self._handle(self._route(model).choose())
+        response = getattr(handle, method).remote(*args)
+        try:
+            async with asyncio.timeout_at(deadline):
+                answer = await response
+        except TimeoutError as error:
+            response.cancel()
+            raise _late() from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise _failed(error) from error
+        if isinstance(answer, Problem):
+            raise Refused(answer)
+        return answer
+
+    def only(self) -> str:
+        """The name of the one model there is.
+
+        Raises:
+            Refused: 400 if there are several.
+        """
+        if len(self.table) != 1:
+            message = f"model is missing; models: {', '.join(sorted(self.table))}"
+            raise Refused(Problem(status=400, message=message, param="model"))
+        return next(iter(self.table))
 
     async def unready(self) -> list[str]:
         """Model names without a running replica."""
@@ -84,6 +115,10 @@ class Routes:
                 if state.replica_states.get("RUNNING", 0) > 0:
                     running |= {name, deployment}
         return sorted(model for model, route in self.table.items() if not running & route.applications.keys())
+
+    def check(self, model: str) -> None:
+        """Raises `Refused`, 404, if there is no such model."""
+        self._route(model)
 
     def _route(self, model: str) -> Route:
         if model not in self.table:
@@ -146,11 +181,15 @@ class Call:
             return item
         except TimeoutError as error:
             self.cancel()
-            message = "the request took longer than this server allows"
-            raise Refused(Problem(status=504, message=message, type="server_error", code="timeout")) from error
+            raise _late() from error
         except Exception as error:
             self._open = False
             raise _failed(error) from error
+
+
+def _late() -> Refused:
+    message = "the request took longer than this server allows"
+    return Refused(Problem(status=504, message=message, type="server_error", code="timeout"))
 
 
 def _failed(error: Exception) -> Refused:

@@ -62,7 +62,8 @@ class Sampler:
     def _choose(self, logits: torch.Tensor) -> int:
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.double() / self._sampling.temperature, dim=-1)
+        scaled = (logits - logits.max()).double() / self._sampling.temperature  # no overflow, however low it is
+        probabilities = torch.softmax(scaled, dim=-1)
         kept, ids = self._truncate(probabilities)
         cumulative = kept.cumsum(0)
         uniform = torch.rand((), generator=self._random, dtype=torch.float64).item() * cumulative[-1].item()

@@ -42,17 +42,38 @@ class Text:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of token ids; special tokens only have one if ``special`` is set."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=not special))
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._tokenizer.chat_template
+        return template if template is None or isinstance(template, str) else str(template.get("default", ""))
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return bool(self.chat_template)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins."""
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.encode(text, add_special_tokens=False)  # the template writes its own
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, open_answer: bool = True
+    ) -> str:
+        """A conversation as the model was trained on it, up to where the assistant's answer begins.
+
+        Raises:
+            Exception: whatever the model's own template raises.
+        """
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, add_generation_prompt=open_answer, tokenize=False
+            )
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer's class and special tokens."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: getattr(self._tokenizer, name) for name in names}
+        return {"tokenizer_class": type(self._tokenizer).__name__, "vocab_size": self.size, **tokens}
 
     @property
     def start(self) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,7 +216,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", {"model": "lively", "prompt": ["x"] * 9}, 400, "prompt"),
     ("/v1/completions", {"model": "lively", "prompt": "x", "n": 5}, 400, "n"),
     ("/v1/completions", {"model": "lively", "prompt": "x", "logprobs": 21}, 400, "logprobs"),
-    ("/v1/completions", {"model": "lively", "prompt": "x", "logit_bias": {"1": 2}}, 400, "logit_bias"),
+    ("/v1/completions", {"model": "lively", "prompt": "x", "logit_bias": {"9999": 2}}, 400, "logit_bias"),
     ("/v1/completions", {"model": "lively", "prompt": "x" * MAX_BODY}, 413, None),
     ("/v1/chat/completions", {"model": "lively", "messages": []}, 400, "messages"),
     (
@@ -298,10 +299,12 @@ def test_metrics_count_requests_and_tokens(http: httpx.Client) -> None:
     complete(http, prompt="the", max_tokens=2)
     events(http, prompt="the", max_tokens=2)
     page = http.get("/metrics").text
-    assert 'raymodels_serve_requests_total{model="lively",route="completions",status="200"}' in page
-    assert 'raymodels_serve_requests_total{model="",route="completions",status="400"}' in page
+    assert 'raymodels_serve_requests_total{model="lively",route="completions",status="200",tenant="anybody"}' in page
+    assert 'raymodels_serve_requests_total{model="",route="completions",status="400",tenant="anybody"}' in page
     assert 'raymodels_serve_time_to_first_token_seconds_count{model="lively",route="completions"}' in page
-    assert 'raymodels_serve_tokens_out_total{model="lively"}' in page
+    assert 'raymodels_serve_tokens_out_total{model="lively",tenant="anybody"}' in page
+    queries = re.search(r'raymodels_serve_prefix_cache_queries{model="lively"} (\S+)', page)
+    assert queries and float(queries[1]) > 0  # asked of the engine itself
 
 
 def test_a_changed_byte_is_refused_by_name(registry: Registry, tiny_model_dir: Path) -> None:

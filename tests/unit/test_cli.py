@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from raymodels.cli import app, main, models, runs
+from raymodels.cli import app, keys, main, models, runs
 from raymodels.config import validate
 from raymodels.registry import Registry
 
@@ -40,6 +40,10 @@ HELP = {
     "runs list": "goodput",
     "runs show": "timeline",
     "runs compare": "losses",
+    "keys": "API keys",
+    "keys add": "its hash alone",
+    "keys list": "limits",
+    "keys revoke": "refuse them",
 }
 
 
@@ -88,7 +92,7 @@ def test_help_teaches(call: Call, command: str) -> None:
 
 def test_every_command_has_its_help_looked_at() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for name, group in {"models": models, "runs": runs}.items():
+    for name, group in {"models": models, "runs": runs, "keys": keys}.items():
         commands |= {"", name} | {f"{name} {command.name}" for command in group.registered_commands}
     assert commands == set(HELP)
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["registry"],
     ["publish", "cluster", "runs"],
     ["train", "serve", "answers", "protocol", "client", "jobs", "submit", "doctor", "display"],
-    ["cli", "cli_runs", "testing", "__init__"],
+    ["cli", "cli_runs", "cli_keys", "cli_serve", "testing", "__init__"],
 ]
 SIDEWAYS = {
     ("tasks", "data"),
@@ -31,11 +31,13 @@ SIDEWAYS = {
     ("client", "answers"),
     ("protocol", "answers"),
     ("cli", "cli_runs"),
+    ("cli", "cli_keys"),
+    ("cli", "cli_serve"),
 }
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 # What may be imported as a module is loaded, by the rooms that someone without torch or ray uses.
 LIGHT = ["config", "errors", "storage", "manifest", "registry", "client", "protocol", "cli", "submit", "doctor", "jobs"]
-LIGHT += ["runs", "cli_runs"]
+LIGHT += ["runs", "cli_runs", "cli_keys", "cli_serve"]
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets"}
 
 

@@ -1,0 +1,322 @@
+"""The gateway's routes, in this process: behind it is a model that is a script, in the place of Ray Serve's handle."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from raymodels.config import EngineConfig, HttpConfig
+from raymodels.serve.access_log import LOGGER
+from raymodels.serve.engine import Delta
+from raymodels.serve.gateway import Gateway, app
+from raymodels.serve.openapi import page
+from raymodels.serve.replica import Accepted, Description, Embedded
+from raymodels.serve.routing import Route
+from raymodels.serve.schema import Request
+from raymodels.serve.tenants import add_key
+
+running = 0
+most = 0
+
+
+class Script:
+    """A model whose prompt is what it does: how many tokens, how long each takes, or how it fails."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Any, None]:
+        global running, most
+        running += 1
+        most = max(most, running)
+        try:
+            told = json.loads(request.prompts[0])  # type: ignore[union-attr, arg-type]
+            yield Accepted(told.get("prompt_tokens", 5))
+            for number in range(1, told.get("tokens", 2) + 1):
+                await asyncio.sleep(told.get("pause", 0))
+                if number == told.get("fails_at"):
+                    raise ValueError("the cause")
+                last = number == told.get("tokens", 2)
+                yield [Delta(0, f"t{number} ", number, finish="length" if last else None)]
+        finally:
+            running -= 1
+
+    async def describe(self) -> Description:
+        return Description(
+            reference="m@1",
+            context=100,
+            has_chat_template=False,
+            published_unix_seconds=0,
+            vocabulary=50,
+            choices=4,
+            dimensions=2,
+        )
+
+    async def embed(self, request: Any) -> Embedded:
+        return Embedded([[0.6, 0.8] for _ in request.inputs], 3 * len(request.inputs))
+
+    async def tokenize(self, request: Any) -> dict[str, Any]:
+        return {"tokens": [1, 2]}
+
+
+class Handle:
+    """As much of Serve's handle as the gateway uses; calls run in this event loop."""
+
+    generate: Any
+
+    def options(self, stream: bool) -> Handle:
+        self.generate = SimpleNamespace(remote=lambda request: Stream(Script().generate(request)))
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(getattr(Script(), method)(*args)))
+
+
+class Stream:
+    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+        self._items = items
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._items)
+
+    def cancel(self) -> None:
+        self._closing = asyncio.ensure_future(self._items.aclose())
+
+
+Use = Callable[[httpx.AsyncClient, Any], Awaitable[Any]]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Runs a coroutine function with a client and the gateway; ``log`` gets the access log."""
+    written = io.StringIO()
+
+    async def main(http: HttpConfig, what: Use) -> Any:
+        plain = Gateway.func_or_class.__mro__[1]  # without what Serve wraps around it
+        engines = {"m--v1": EngineConfig(max_batch=4, max_queue=8), "n--v1": EngineConfig(max_batch=4)}
+        table = {"m": Route({"m--v1": 1.0}), "n": Route({"n--v1": 1.0})}
+        gateway = plain(http, table, {"m--v1": Handle(), "n--v1": Handle()}, engines)
+        gateway._watching.cancel()  # there is no Serve to ask
+        monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
+        for handler in logging.getLogger(LOGGER).handlers:
+            handler.setStream(written)  # type: ignore[attr-defined]
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            return await what(client, gateway)
+
+    def run(what: Use, **http: Any) -> Any:
+        global most
+        most = 0
+        return asyncio.run(main(HttpConfig(**http), what))
+
+    run.log = lambda: [json.loads(line) for line in written.getvalue().splitlines()]  # type: ignore[attr-defined]
+    yield run
+    logging.getLogger(LOGGER).handlers = []
+
+
+def body(model: str = "m", stream: bool = False, max_tokens: int = 8, **told: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": json.dumps(told), "stream": stream, "max_tokens": max_tokens}
+
+
+async def ask(client: httpx.AsyncClient, key: str | None = None, timeout: float | None = None, **how: Any) -> Any:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {"X-Request-Timeout": str(timeout)} if timeout else {}
+    return await client.post("/v1/completions", json=body(**how), headers=headers)
+
+
+def error(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_whole_and_streamed(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        whole = (await ask(client)).json()
+        assert (whole["choices"][0]["text"], whole["usage"]["total_tokens"]) == ("t1 t2 ", 7)
+        streamed = (await ask(client, stream=True)).text
+        assert streamed.endswith("data: [DONE]\n\n")
+
+    use(what)
+    for line in use.log():
+        assert (line["status"], line["tokens_in"], line["tokens_out"], line["finish"]) == (200, 5, 2, "length")
+        assert (line["model"], line["route"], line["tenant"]) == ("m", "completions", "anybody")
+
+
+def test_no_more_are_sent_to_a_model_than_it_has_room_for(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        answers = await asyncio.gather(*(ask(client, pause=0.01) for _ in range(13)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert gateway._admission.queue("m").running == 0
+
+    use(what)
+    assert most == 5  # max_batch 4 and a quarter of it ahead
+
+
+def test_a_full_queue_is_429(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        answers = await asyncio.gather(*(ask(client, pause=0.05) for _ in range(20)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert [error(answer) for answer in refused] == [(429, "queue_full")] * 7  # 5 run, 8 wait
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+
+    use(what)
+
+
+def test_every_route_asks_for_the_key_and_shows_a_tenant_its_own_models(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", models=["m"])
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        described = page({}, HttpConfig(keys_file=file))["paths"]
+        routes = [(method, path) for path, methods in described.items() for method in methods]
+        keyed = [(method, path) for method, path in routes if path not in ("/healthz", "/readyz")]
+        assert len(keyed) >= 8
+        for method, path in [*keyed, ("get", "/metrics"), ("get", "/openapi.json"), ("get", "/nowhere")]:
+            answer = await client.request(method, path.replace("{model}", "m"))
+            assert error(answer) == (401, "invalid_api_key"), path
+        assert (await client.get("/healthz")).status_code == 200
+        own = {"Authorization": f"Bearer {key}"}
+        listed = (await client.get("/v1/models", headers=own)).json()["data"]
+        assert [model["id"] for model in listed] == ["m"]
+        assert (await client.get("/v1/models/m", headers=own)).status_code == 200
+        for method, path, sent in (
+            ("GET", "/v1/models/n", None),
+            ("GET", "/tokenizer_info?model=n", None),
+            ("POST", "/v1/completions", body("n")),
+            ("POST", "/v1/chat/completions", {"model": "n", "messages": [{"role": "user", "content": "x"}]}),
+            ("POST", "/v1/embeddings", {"model": "n", "input": "x"}),
+            ("POST", "/tokenize", {"model": "n", "prompt": "x"}),
+            ("POST", "/detokenize", {"model": "n", "tokens": [1]}),
+        ):
+            answer = await client.request(method, path, json=sent, headers=own)
+            assert error(answer) == (403, "model_not_allowed"), path
+        assert error(await ask(client, key, model="nowhere")) == (403, "model_not_allowed")
+
+    use(what, keys_file=file)
+
+
+def test_an_unknown_model_is_404_and_makes_no_queue_and_no_label(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        assert error(await ask(client, model="nowhere")) == (404, "model_not_found")
+        assert gateway._admission._queues == {}
+        assert 'model="nowhere"' not in (await client.get("/metrics")).text
+
+    use(what)
+
+
+def test_quotas_hold_on_every_route_that_has_a_model_work(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", requests_per_minute=3)
+
+    async def what(client: httpx.AsyncClient, _: Any) -> list[int]:
+        own = {"Authorization": f"Bearer {key}"}
+        return [
+            (await client.post(path, json={"model": "m", **sent}, headers=own)).status_code
+            for path, sent in (
+                ("/v1/embeddings", {"input": ["x", "y"]}),
+                ("/tokenize", {"prompt": "x"}),
+                ("/v1/completions", {"prompt": "{}"}),
+                ("/v1/completions", {"prompt": "{}"}),
+                ("/v1/embeddings", {"input": "x"}),
+                ("/tokenize", {"prompt": "x"}),
+            )
+        ]
+
+    assert use(what, keys_file=file) == [200, 200, 200, 429, 429, 429]
+    assert use.log()[0]["tokens_in"] == 6
+
+
+def test_used_tokens_settle_the_quota(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", tokens_per_minute=100)
+
+    async def what(client: httpx.AsyncClient, _: Any) -> list[int]:
+        # Each may take 40 and more, and takes 7: the quota is for four of them at least, and not for one with 90.
+        answers = [(await ask(client, key, max_tokens=20, stream=n % 2 == 0)).status_code for n in range(4)]
+        answers.append((await ask(client, key, max_tokens=20, prompt_tokens=90)).status_code)
+        return [*answers, (await ask(client, key, max_tokens=20)).status_code]
+
+    assert use(what, keys_file=file) == [200] * 5 + [429]
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_an_event(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        text = (await ask(client, stream=True, tokens=3, fails_at=2)).text
+        events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        assert events[0]["choices"][0]["text"] == "t1 "
+        assert events[-1]["error"]["type"] == "server_error"
+        assert "the cause" not in text
+        assert gateway._admission.queue("m").running == 0
+
+    use(what)
+    assert use.log()[0]["status"] == 500
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_deadline_of_a_request_is_its_own(use: Any, stream: bool) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        answer = await ask(client, timeout=0.2, stream=stream, tokens=3, pause=0.15)
+        assert "timeout" in answer.text
+        assert answer.status_code == (200 if stream else 504)
+        assert gateway._admission.queue("m").running == 0
+
+    use(what)
+    assert use.log()[0]["status"] == 504
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(use: Any, stream: bool) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        asking = asyncio.create_task(ask(client, stream=stream, tokens=3, pause=30))
+        while not running:
+            await asyncio.sleep(0.005)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert gateway._admission.queue("m").running == 0
+        while running:
+            await asyncio.sleep(0.005)
+
+    use(what)
+    assert use.log()[0]["status"] == 499
+
+
+def test_limits_of_prompt_and_output(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        assert error(await ask(client, max_tokens=11)) == (400, "output_too_long")
+        assert error(await ask(client, max_tokens=10, prompt_tokens=21)) == (400, "prompt_too_long")
+        assert (await ask(client, max_tokens=10, prompt_tokens=20)).status_code == 200
+        assert gateway._admission.queue("m").running == 0
+
+    use(what, max_output_tokens=10, max_prompt_tokens=20)
+
+
+def test_a_body_that_does_not_come_is_408(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        async def trickle() -> AsyncGenerator[bytes, None]:
+            yield b"{"
+            await asyncio.sleep(30)
+
+        answer = await client.post(
+            "/v1/completions",
+            content=trickle(),
+            headers={"X-Request-Timeout": "0.05", "Content-Type": "application/json"},
+        )
+        assert error(answer) == (408, "timeout")
+
+    use(what)
+
+
+def test_too_large_a_body_is_413(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        assert error(await ask(client, filler="x" * 1000)) == (413, "body_too_large")
+
+    use(what, max_body_bytes=1000)
