@@ -60,6 +60,7 @@ class EngineConfig(Section):
         0.25, ge=0, lt=1, description="the part of kv_memory that keeps known prompt beginnings"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
+    quantization: Literal["none", "int8"] = Field("none", description="int8: weights of 8 bits, about 1 % less exact")
     threads: Positive | None = Field(None, description="CPU threads of a replica; default: its cpus")
 
 
@@ -83,6 +84,9 @@ class HttpConfig(Section):
     port: int = Field(8000, ge=0, lt=65536)
     max_body_bytes: Positive = 8 << 20
     request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
+    replica_wait_s: float = Field(
+        120, gt=0, description="how long a request waits for a replica to take it where none runs; then 503"
+    )
     gateway_replicas: Positive = Field(1, description="quotas and queues are divided among them evenly")
     gateway_cpus: float = Field(0.1, gt=0)
     keys_file: str | None = Field(None, description="tenants and their hashed keys; without it anybody may call")

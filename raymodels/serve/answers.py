@@ -144,6 +144,8 @@ class ChatAnswer:
             return None
         entries = []
         for token in delta.tokens:
+            if token.end:  # a completion lists it, as lm-eval and OpenAI's older models expect; a chat does not
+                continue
             top = [_chat_token(other.raw, other.logprob) for other in token.top]
             entries.append(_chat_token(token.raw, token.logprob) | {"top_logprobs": top})
         return {"content": entries, "refusal": None}

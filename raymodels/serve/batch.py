@@ -288,7 +288,11 @@ class Batch:
         self.tokens_out += 1
         complete = choice.sampler.ends_with(id)
         if id in self._ends:
-            return self._delta(choice, stream.flush(), "stop")
+            text = stream.flush()
+            if request.logprobs is not None:
+                token = self._token(id, log_probabilities(row), request.logprobs, stream.decoded)
+                choice.unsent.append(replace(token, end=True))
+            return self._delta(choice, text, "stop")
         if request.logprobs is not None:
             choice.unsent.append(self._token(id, log_probabilities(row), request.logprobs, stream.decoded))
         text = stream.push(id)

@@ -97,7 +97,8 @@ class Alternative:
 class Token:
     """A token and its natural log-probability under the model, before temperature and truncation.
 
-    ``logprob`` is none for a prompt's first token. ``offset`` counts characters from where its text began.
+    ``logprob`` is none for a prompt's first token. ``offset`` counts characters from where its text began. ``end``
+    marks the token that ended the text: it is generated like any other, but no part of the text.
     """
 
     id: int
@@ -105,6 +106,7 @@ class Token:
     logprob: float | None
     offset: int
     top: tuple[Alternative, ...]
+    end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

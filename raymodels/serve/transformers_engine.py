@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
+from raymodels.serve import weights
 from raymodels.serve.batch import Batch, Gain
 from raymodels.serve.engine import Delta, EngineStats, GenerateRequest, InvalidRequest, QueueFull
 from raymodels.serve.grammar import Grammars
@@ -51,6 +52,7 @@ class TransformersEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = _load(model_dir, config.dtype, device)
         self.text = Text(AutoTokenizer.from_pretrained(model_dir))
+        weights.prepare(self._model, config.quantization)
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._config = config
         self._threads = threads

@@ -154,7 +154,9 @@ def test_an_end_token_ends_the_text_and_is_counted(tiny_model_dir: Path, tmp_pat
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
     engine = TransformersEngine(str(tmp_path), SMALL)
-    assert run(deltas(engine, "x", logprobs=1)) == [Delta(0, "", 1, (), "stop")]
+    [delta] = run(deltas(engine, "x", logprobs=1))
+    assert (delta.text, delta.generated, delta.finish) == ("", 1, "stop")
+    assert [(token.id, token.end) for token in delta.tokens] == [(0, True)]
     engine.close()
 
 

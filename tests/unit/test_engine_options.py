@@ -17,6 +17,7 @@ from raymodels.config import EngineConfig
 from raymodels.serve.engine import GenerateRequest, Grammar, InvalidRequest, Sampling
 from raymodels.serve.sampling import Sampler
 from raymodels.serve.transformers_engine import TransformersEngine
+from raymodels.serve.weights import Int8Linear, PackedLinear
 from tests.unit.engines import deltas, reference, run, texts
 
 SCHEMA = {
@@ -121,3 +122,27 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(engine: Transformers
         with torch.inference_mode():
             hidden = model.model(torch.tensor([engine.text.encode(prompt)])).last_hidden_state[0].mean(0)
         assert vector == pytest.approx((hidden / hidden.norm()).tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_int8_weights_answer_nearly_as_full_ones(engine: TransformersEngine, tiny_model_dir: Path) -> None:
+    tokens = engine.text.encode("the model reads a line and learns what follows")
+    quantized = TransformersEngine(str(tiny_model_dir), EngineConfig(max_batch=8, quantization="int8"))
+    exact, near = run(engine.score(tokens)), run(quantized.score(tokens))
+    quantized.close()
+    assert near != exact
+    assert near == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 48), (2, 3, 48), (1, 40, 48)])
+def test_linear_layers_compute_what_they_replace(kind: Any, bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    linear = torch.nn.Linear(48, 96, bias=bias)
+    rows = torch.randn(shape)
+    with torch.inference_mode():
+        found, expected = kind(linear)(rows), linear(rows)
+    assert found.shape == expected.shape
+    tolerance = 1e-5 if kind is PackedLinear else 0.03  # half a step of 127, and bfloat16's 8 bits
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
