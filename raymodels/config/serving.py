@@ -49,6 +49,9 @@ class AutoscalingConfig(Section):
 class EngineConfig(Section):
     """How one replica turns tokens into tokens."""
 
+    kind: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="auto: vLLM on a GPU where it is installed, else transformers"
+    )
     max_batch: Positive = Field(32, description="sequences decoded together")
     max_context: Positive | None = Field(None, description="tokens of prompt plus output; default: the model's")
     max_queue: Positive = Field(256, description="requests waiting for a place in the batch; more are answered 429")
@@ -82,6 +85,9 @@ class ModelServeConfig(Section):
 class HttpConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, lt=65536)
+    ingress: Literal["proxy", "direct"] = Field(
+        "proxy", description="clients talk to Ray Serve's proxies, or with less delay to the gateways on the head node"
+    )
     max_body_bytes: Positive = 8 << 20
     request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
     replica_wait_s: float = Field(

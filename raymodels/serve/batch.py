@@ -17,6 +17,7 @@ from raymodels.serve.engine import Alternative, Delta, Finish, GenerateRequest, 
 from raymodels.serve.grammar import Grammars
 from raymodels.serve.kv_cache import KVCache, Row, Segment
 from raymodels.serve.prefix import PrefixCache
+from raymodels.serve.release import placed, released
 from raymodels.serve.sampling import Sampler, log_probabilities
 from raymodels.serve.text import Text, TextStream
 
@@ -305,13 +306,10 @@ class Batch:
     def _delta(self, choice: Choice, text: str, finish: Finish | None) -> Delta | None:
         if not (text or finish or choice.scored):
             return None
-        # A token goes out with the first character of its text; one that a stop string cut off whole does not.
-        whole = finish is not None and not choice.stream.stopped
-        ready = [token for token in choice.unsent if whole or token.offset < choice.stream.released]
-        choice.unsent = choice.unsent[len(ready) :]
-        prompt, choice.scored = tuple(self._with_offsets(choice.scored)), []
+        ready = released(choice.unsent, choice.stream, finish is not None)
+        prompt, choice.scored = placed(self._text, choice.scored), []
         embedding = () if choice.hidden is None else tuple(torch.nn.functional.normalize(choice.hidden, dim=0).tolist())
-        return Delta(choice.index, text, choice.generated, tuple(ready), finish, prompt, embedding)
+        return Delta(choice.index, text, choice.generated, ready, finish, prompt, embedding)
 
     def _token(self, id: int, row: torch.Tensor, alternatives: int, offset: int) -> Token:
         best = row.topk(min(alternatives, row.shape[0]))
@@ -320,13 +318,6 @@ class Batch:
             for other, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
         return Token(id, self._text.raw(id), float(row[id]), offset, top)
-
-    def _with_offsets(self, tokens: list[Token]) -> list[Token]:
-        stream, placed = TextStream(self._text), []
-        for token in tokens:
-            placed.append(replace(token, offset=stream.decoded))
-            stream.push(token.id)
-        return placed
 
     def _leave(self, choice: Choice) -> None:
         self.active.remove(choice)

@@ -6,9 +6,11 @@ import socket
 import time
 from dataclasses import dataclass
 from typing import Any, Self, cast
+from urllib.parse import urlsplit
 
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.api import RunTarget
 
@@ -23,6 +25,9 @@ from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
 
 GATEWAY = "gateway"
+LOCAL = "127.0.0.1"
+# The gateway calls replicas by gRPC from its own event loop, instead of through actor calls made in another thread.
+DIRECTLY = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 POLL_S = 0.25
 SHUTDOWN_S = 30.0
 
@@ -86,11 +91,12 @@ def deploy(config: ServeConfig) -> Endpoint:
     ]
     table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
     engines = {_name(versions[model.public_name]): model.engine for model in config.models}
-    gateway = RunTarget(_gateway(config).bind(_http(config), table, None, engines), name=GATEWAY, route_prefix="/")
+    http = _http(config)
+    gateway = RunTarget(_gateway(http).bind(http, table, None, engines), name=GATEWAY, route_prefix="/")
     owns_ray, owns_serve = connect(), not serve.status().proxies
     present = set(serve.status().applications)
     endpoint = Endpoint(
-        url=_start_http(config) if owns_serve else _running_url(),
+        url=_start_http(http) if owns_serve else _running_url(http),
         models={name: version.reference for name, version in versions.items()},
         applications=[*dict.fromkeys(target.name for target in targets), GATEWAY],
         owns_serve=owns_serve,
@@ -102,6 +108,7 @@ def deploy(config: ServeConfig) -> Endpoint:
         for stage in [[*targets, gateway]] if GATEWAY not in present else [targets, [gateway]]:
             serve.run_many(_distinct(stage), wait_for_applications_running=False)
             _wait_until_running([target.name for target in stage], deadline, config.start_timeout_s)
+        _wait_until_listening(endpoint.url, deadline, config.start_timeout_s)
     except BaseException:
         endpoint.applications = [name for name in endpoint.applications if name not in present]
         endpoint.close()
@@ -126,7 +133,7 @@ def application(args: dict[str, str]) -> serve.Application:
         bound[_name(version)] = _replicas(config, model, version)
         table[model.public_name] = Route({_name(version): 1.0})
         engines[_name(version)] = model.engine
-    return _gateway(config).bind(config.http, table, bound, engines)
+    return _gateway(config.http).bind(config.http, table, bound, engines)
 
 
 def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:
@@ -158,23 +165,24 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) ->
     return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads)
 
 
-def _gateway(config: ServeConfig) -> Any:
-    http = config.http
+def _gateway(http: HttpConfig) -> Any:
+    # Its port is looked for where Serve's own proxies are by default.
+    node = {HEAD_NODE_RESOURCE_NAME: 0.001} if http.ingress == "direct" else {}
     return cast(Any, Gateway).options(
         name=GATEWAY,
         num_replicas=http.gateway_replicas,
-        ray_actor_options={"num_cpus": http.gateway_cpus},
+        ray_actor_options={"num_cpus": http.gateway_cpus, "resources": node, "runtime_env": {"env_vars": DIRECTLY}},
         max_ongoing_requests=10_000,
     )
 
 
 def _http(config: ServeConfig) -> HttpConfig:
-    """The settings with a keys file that every process finds. What is wrong with it is said before anything starts."""
-    if config.http.keys_file is None:
-        return config.http
-    keys_file = storage.absolute(config.http.keys_file)
-    load(keys_file, root=KeysConfig)
-    return config.http.model_copy(update={"keys_file": keys_file})
+    """The settings with a port, and with a keys file that every process finds and in which nothing is wrong."""
+    changes: dict[str, Any] = {"port": config.http.port or _free_port(config.http.host)}
+    if config.http.keys_file is not None:
+        changes["keys_file"] = storage.absolute(config.http.keys_file)
+        load(changes["keys_file"], root=KeysConfig)
+    return config.http.model_copy(update=changes)
 
 
 def _distinct(targets: list[RunTarget]) -> list[RunTarget]:
@@ -182,12 +190,12 @@ def _distinct(targets: list[RunTarget]) -> list[RunTarget]:
     return list({target.name: target for target in targets}.values())
 
 
-def _start_http(config: ServeConfig) -> str:
-    host, port = config.http.host, config.http.port or _free_port(config.http.host)
+def _start_http(http: HttpConfig) -> str:
+    """Start Serve, with its proxy on the port, or where that is the gateway's on any other; the URL for clients."""
+    host, port = (http.host, http.port) if http.ingress == "proxy" else (LOCAL, _free_port(LOCAL))
     # The gateway ends a request on time, with an answer in the right shape; the proxy only in case it could not.
-    timeout = config.http.request_timeout_s + 30
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
-    return _url(host, port)
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30})
+    return _url(http.host, http.port)
 
 
 def _shut_down_serve() -> None:
@@ -209,7 +217,9 @@ def _controller_lives() -> bool:
     return True
 
 
-def _running_url() -> str:
+def _running_url(http: HttpConfig) -> str:
+    if http.ingress == "direct":
+        return _url(http.host, http.port)
     options = serve.context._get_global_client().http_config
     return _url(options.host, options.port)
 
@@ -229,6 +239,18 @@ def _wait_until_running(names: list[str], deadline: float, timeout_s: float) -> 
         if time.monotonic() > deadline:
             raise ServeError(f"not ready after start_timeout_s {timeout_s:g}: {'; '.join(waiting)}")
         time.sleep(POLL_S)
+
+
+def _wait_until_listening(url: str, deadline: float, timeout_s: float) -> None:
+    place = urlsplit(url)
+    while True:
+        try:
+            socket.create_connection((str(place.hostname), place.port or 80), timeout=POLL_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ServeError(f"nothing answers at {url} after start_timeout_s {timeout_s:g}: {error}") from error
+            time.sleep(POLL_S)
 
 
 def _raise_failed(names: list[str]) -> list[str]:

@@ -180,3 +180,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the engine; requests in flight fail."""
+
+
+def validate(request: GenerateRequest, context: int, vocabulary: int, max_batch: int) -> None:
+    """
+    Raises:
+        InvalidRequest: an engine with these bounds can never serve it.
+    """
+    prompt, total = len(request.tokens), len(request.tokens) + request.max_tokens
+    if not prompt:
+        raise InvalidRequest("the prompt is empty, and this model has no token that a text starts with", "prompt")
+    if total > context:
+        raise InvalidRequest(
+            f"the prompt's {prompt} tokens and max_tokens {request.max_tokens} are over the context of "
+            f"{context} tokens: shorten one of them",
+            "prompt" if prompt >= context else "max_tokens",
+            "context_length_exceeded",
+        )
+    unknown = next((token for token in request.tokens if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise InvalidRequest(f"token id {unknown} is not in the vocabulary of {vocabulary}", "prompt")
+    if request.n > max_batch:
+        raise InvalidRequest(f"n {request.n} is over the {max_batch} choices decoded at once", "n")

@@ -61,7 +61,8 @@ class Visit:
         self.queued_s: float | None = None
         self.admitted_s = 0.0
         self.first_token_s: float | None = None
-        self.finishes: list[str] = []
+        self.finishes: dict[int, str] = {}
+        """Why each choice ended."""
         self.arrived_unix_ns = time.time_ns()
         self._start = time.perf_counter()
         self._latest: dict[int, tuple[float, int]] = {}
@@ -90,7 +91,7 @@ class Visit:
                 metrics.INTER_TOKEN.labels(self.model, self.route).observe(gap)
             self._latest[delta.choice] = (now, delta.generated)
             if delta.finish:
-                self.finishes.append(delta.finish)
+                self.finishes[delta.choice] = delta.finish
 
     def refused(self, problem: Problem) -> None:
         self.problem, self.status = problem, problem.status
@@ -124,7 +125,7 @@ class Front:
     """
 
     def __init__(self, http: HttpConfig) -> None:
-        self._http = http
+        self.http = http
         self._tenants = Tenants(http.keys_file)
         self._tenants.watch()
         self._access_log = open_log() if http.access_log else None
@@ -136,15 +137,15 @@ class Front:
         given = headers.get("x-request-id", "")
         keep = REQUEST_ID.fullmatch(given) is not None
         loop_time = asyncio.get_running_loop().time()
-        visit = Visit(scope, given if keep else uuid.uuid4().hex, loop_time + self._http.request_timeout_s)
+        visit = Visit(scope, given if keep else uuid.uuid4().hex, loop_time + self.http.request_timeout_s)
 
         async def sending(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 visit.status = visit.status or message["status"]
-                if not keep:
-                    # One that came with the request is returned by Ray Serve, which also makes one where there is none.
+                if not keep or self.http.ingress == "direct":
+                    # Serve's proxy returns one that came with the request, and makes one where there is none.
                     MutableHeaders(scope=message)["X-Request-ID"] = visit.id
             await send(message)
 
@@ -173,7 +174,7 @@ class Front:
             self._account(visit, scope["path"], headers)
 
     def _tenant(self, path: str, headers: Headers) -> TenantConfig:
-        if path in PROBES or (path == METRICS and self._http.metrics_open):
+        if path in PROBES or (path == METRICS and self.http.metrics_open):
             return ANYBODY
         return self._tenants.of(headers.get("authorization"))
 
@@ -194,7 +195,7 @@ class Front:
             "queue_ms": milliseconds(visit.queued_s),
             "ttft_ms": milliseconds(visit.first_token_s),
             "total_ms": milliseconds(visit.seconds()),
-            "finish": ",".join(sorted(set(visit.finishes))) or None,
+            "finish": ",".join(sorted(set(visit.finishes.values()))) or None,
         }
         if self._tracing:
             facts["trace_id"] = self._trace(self._tracing, visit, headers)
@@ -282,5 +283,5 @@ def count(visit: Visit) -> None:
     if visit.usage:
         metrics.TOKENS_IN.labels(model, tenant).inc(visit.usage.prompt_tokens)
         metrics.TOKENS_OUT.labels(model, tenant).inc(visit.usage.completion_tokens)
-    for finish in visit.finishes:
+    for finish in visit.finishes.values():
         metrics.FINISHED.labels(model, finish).inc()

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,11 @@ from raymodels.serve.admission import Admission
 from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
 from raymodels.serve.capacity import Capacity
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden
+from raymodels.serve.listener import Listener
 from raymodels.serve.metrics import CLIENT_LEFT, engine_stats
 from raymodels.serve.openapi import page
 from raymodels.serve.quotas import check_prompt, estimated_tokens, limited, sequences
-from raymodels.serve.replica import Description, Waiting
+from raymodels.serve.replica import Description, Process, Waiting, this_process
 from raymodels.serve.routing import Call, Route, Routes
 from raymodels.serve.schema import (
     Problem,
@@ -41,7 +43,24 @@ from raymodels.serve.schema import (
 
 log = logging.getLogger(__name__)
 
-app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None)
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """With ``http.ingress: direct``, listen as long as the gateway lives; it is there shortly after this has begun."""
+    listening = asyncio.create_task(_listen(app))
+    yield
+    if listener := await listening:
+        await listener.drain()
+
+
+async def _listen(app: FastAPI) -> Listener | None:
+    while (gateway := serve.get_replica_context().servable_object) is None:
+        await asyncio.sleep(0.01)
+    http = gateway.front.http
+    return Listener(app, http.host, http.port) if http.ingress == "direct" else None
+
+
+app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
 app.add_middleware(Door, front=lambda: serve.get_replica_context().servable_object.front)
 JSON = "application/json"
 DESCRIBE_S, STATS_S = 2.0, 1.0
@@ -130,7 +149,7 @@ class Gateway:
         engines: dict[str, EngineConfig] | None = None,
     ) -> None:
         self._http = http
-        self._routes = Routes(table, dict(bound or {}))
+        self._routes = Routes(table, dict(bound or {}), http.replica_wait_s)
         self.front = Front(http)
         self._capacity = Capacity(http, table, engines or {})
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
@@ -155,12 +174,13 @@ class Gateway:
     @app.get("/v1/models")
     async def models(self, http: HttpRequest) -> dict[str, Any]:
         allowed = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
-        return {"object": "list", "data": [await self._describe(name) for name in allowed]}
+        about = await asyncio.gather(*(self._describe(name, http.state.visit.deadline) for name in allowed))
+        return {"object": "list", "data": about}
 
     @app.get("/v1/models/{model:path}")
     async def model(self, http: HttpRequest, model: str) -> dict[str, Any]:
         self._check(http.state.visit, model)
-        return await self._describe(model)
+        return await self._describe(model, http.state.visit.deadline)
 
     @app.post("/v1/completions")
     async def completions(self, http: HttpRequest) -> Response:
@@ -199,6 +219,9 @@ class Gateway:
         about = await asyncio.gather(*(self._about(name) for name in names))
         return JSONResponse(page(dict(zip(names, about, strict=True)), self._http))
 
+    async def process(self) -> Process:
+        return this_process()
+
     async def _show_engine(self, model: str) -> None:
         """Show what an engine of the model says of itself. Asking must not start a model that has no replica."""
         if not self._capacity.running(model):
@@ -217,9 +240,8 @@ class Gateway:
     async def _about(self, model: str) -> Description | None:
         """What serves a model; none where no replica says so at once."""
         try:
-            async with asyncio.timeout(DESCRIBE_S):
-                return await self._routes.describe(model)
-        except (Refused, TimeoutError):
+            return await self._routes.describe(model, asyncio.get_running_loop().time() + DESCRIBE_S)
+        except Refused:
             return None
 
     async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
@@ -245,8 +267,8 @@ class Gateway:
         self._routes.check(model)
         visit.model = model
 
-    async def _describe(self, model: str) -> dict[str, Any]:
-        about = await self._routes.describe(model)
+    async def _describe(self, model: str, deadline: float) -> dict[str, Any]:
+        about = await self._routes.describe(model, deadline)
         return {
             "id": model,
             "object": "model",
@@ -272,8 +294,6 @@ class Gateway:
         if request.stream:
             visit.status = CLIENT_LEFT  # until the stream has been sent to its end
             return StreamingResponse(_events(request, answer, call, visit), headers=SERVER_SENT_EVENTS)
-        deltas = []
-        async for batch in call.deltas():
-            visit.got(batch)
-            deltas += batch
+        deltas = await call.whole(visit.got)
+        visit.usage = call.usage
         return JSONResponse(answer.whole(deltas, call.usage))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.answers import token_name
 from raymodels.serve.engine import Delta, Engine, EngineStats, InvalidRequest, QueueFull
+from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.schema import (
     ChatRequest,
@@ -29,7 +31,6 @@ from raymodels.serve.schema import (
     overloaded,
     refused,
 )
-from raymodels.serve.transformers_engine import TransformersEngine
 from raymodels.serve.translate import Translator
 from raymodels.serve.wire import Wire
 
@@ -74,6 +75,14 @@ class Waiting:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Process:
+    """The process that a replica or a gateway runs in, and how many tasks its event loop has."""
+
+    pid: int
+    tasks: int
+
+
 NOBODY = Waiting(0, 0)
 Item = Accepted | Problem | list[Delta]
 
@@ -95,7 +104,7 @@ class Replica:
     def __init__(self, registry: str, reference: str, engine: EngineConfig, threads: int) -> None:
         self._version: Version = Registry(registry).resolve(reference)
         folder = self._version.fetch()
-        self._engine: Engine = TransformersEngine(folder, engine, threads)
+        self._engine: Engine = open_engine(folder, engine, threads)
         self._dimensions = int(AutoConfig.from_pretrained(folder).hidden_size)
         self._choices = engine.max_batch
         self._load = LoadMeter()
@@ -190,6 +199,9 @@ class Replica:
     async def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    async def process(self) -> Process:
+        return this_process()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve about once a second; what `scaling.ServePolicy` decides by."""
         return self._load.report(self._engine.stats())
@@ -207,6 +219,10 @@ class Replica:
             for position, text in enumerate(self._translator.echoed(request))
             for choice in range(request.n)
         ]
+
+
+def this_process() -> Process:
+    return Process(os.getpid(), len(asyncio.all_tasks()))
 
 
 def _problem(error: InvalidRequest | QueueFull, request: Wire) -> Problem:

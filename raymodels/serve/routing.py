@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 from ray import serve
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
@@ -18,6 +21,9 @@ from raymodels.serve.replica import NOBODY, Accepted, Description, Waiting
 from raymodels.serve.schema import RETRY_AFTER_S, Problem, Refused, Request, overloaded
 
 log = logging.getLogger(__name__)
+
+RETRIES = 3
+"""How often a request is sent again whose replica died. A request that ends its replicas cannot end many."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,16 @@ class Routes:
     Args:
         table: model name -> route.
         bound: handles of models that are deployed in the gateway's own application.
+        wait_s: how long a request waits for a replica to take it.
     """
 
     table: dict[str, Route]
     bound: dict[str, Any] = field(default_factory=dict)
+    wait_s: float = math.inf
 
-    async def describe(self, model: str) -> Description:
-        """What serves a model name.
-
-        Raises:
-            Refused: 404 for an unknown name, 503 where nothing answers.
-        """
-        handle = await self._handle(self._route(model).choose())
-        try:
-            about: Description = await handle.describe.remote()
-        except Exception as error:
-            raise _failed(error) from error
+    async def describe(self, model: str, deadline: float) -> Description:
+        """What serves a model name; raises as `ask`."""
+        about: Description = await self.ask(model, "describe", deadline=deadline)
         return about
 
     async def call(self, request: Request, deadline: float, waiting: Waiting = NOBODY) -> Call:
@@ -62,13 +62,13 @@ class Routes:
 
         Args:
             deadline: when to give up, in the event loop's time.
-            waiting: what else waits for the model, for the autoscaler.
+            waiting: what waits here for the same model, told to the replica.
 
         Raises:
-            Refused: by the table, by the replica, or because none answers.
+            Refused: by the table, by the replica, or because none takes it in time.
         """
         handle = await self._handle(self._route(request.model).choose())
-        call = Call(handle.options(stream=True).generate.remote(request, waiting), deadline)
+        call = Call(lambda: handle.options(stream=True).generate.remote(request, waiting), deadline, self.wait_s)
         try:
             await call.accept()
         except BaseException:
@@ -77,20 +77,24 @@ class Routes:
         return call
 
     async def ask(self, model: str, method: str, *args: Any, deadline: float) -> Any:
-        """Call a method of a replica that answers once; raises as `call`."""
+        """Call a method of a replica that answers once, again on another one where that dies; raises as `call`."""
         handle = await self._handle(self._route(model).choose())
-        response = getattr(handle, method).remote(*args)
-        try:
-            async with asyncio.timeout_at(deadline):
-                answer = await response
-        except TimeoutError as error:
-            response.cancel()
-            raise _late() from error
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:
-            raise _failed(error) from error
+        for retries in reversed(range(RETRIES + 1)):
+            response = getattr(handle, method).remote(*args)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    answer = await response
+                break
+            except TimeoutError as error:
+                response.cancel()
+                raise _late() from error
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                failure = _failed(error)
+                if not (retries and isinstance(failure, ReplicaLost)):
+                    raise failure from error
         if isinstance(answer, Problem):
             raise Refused(answer)
         return answer
@@ -136,22 +140,46 @@ class Routes:
         return self.bound[application]
 
 
-class Call:
-    """A request in a replica's hands: its deltas, and what they cost so far."""
+class ReplicaLost(Refused):
+    """The replica that had the request died, or cannot be reached any more."""
 
-    def __init__(self, items: Any, deadline: float) -> None:
-        self._items = items
+
+class Call:
+    """A request in a replica's hands: its deltas, and what they cost so far.
+
+    A replica that dies before anybody has seen a delta is followed by another one, `RETRIES` times.
+
+    Args:
+        send: send the request to any replica; the items that come back, as `Replica.generate` says.
+        deadline: when to give up, in the event loop's time.
+        wait_s: how long to wait for a replica to take the request.
+    """
+
+    def __init__(self, send: Callable[[], Any], deadline: float, wait_s: float = math.inf) -> None:
+        self._send = send
         self._deadline = deadline
-        self._open = True
+        self._wait_s = wait_s
+        self._retries = RETRIES
+        self._items: Any = None
+        self._open = False
         self.usage = Usage(0)
 
     async def accept(self) -> None:
-        """Wait until the replica has taken the request or refused it."""
-        first = await self._next()
-        if isinstance(first, Problem):
-            raise Refused(first)
-        assert isinstance(first, Accepted)
-        self.usage = Usage(first.prompt_tokens)
+        """Send the request; wait until a replica has taken it or refused it."""
+        while True:
+            self._items, self._open = self._send(), True
+            try:
+                first = await self._next(min(self._deadline, asyncio.get_running_loop().time() + self._wait_s))
+            except ReplicaLost as lost:
+                self._retry(lost)
+                continue
+            except TimeoutError as error:
+                raise _untaken() from error
+            if isinstance(first, Problem):
+                raise Refused(first)
+            assert isinstance(first, Accepted)
+            self.usage.prompt_tokens = first.prompt_tokens
+            return
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """Deltas as they come. Closing the iterator gives the request up.
@@ -160,12 +188,33 @@ class Call:
             Refused: the replica failed, or the deadline has passed.
         """
         try:
-            while (deltas := await self._next()) is not None:
+            deltas = await self._first()
+            while deltas is not None:
                 for delta in deltas:
                     self.usage.add(delta)
                 yield deltas
+                deltas = await self._timely()
         finally:
             self.cancel()
+
+    async def whole(self, got: Callable[[list[Delta]], None]) -> list[Delta]:
+        """All deltas at once, for an answer of which nothing is sent before its end; raises as `deltas`.
+
+        Args:
+            got: told of deltas as they come; again from the first one if their replica dies.
+        """
+        while True:
+            found: list[Delta] = []
+            try:
+                async for deltas in self.deltas():
+                    got(deltas)
+                    found += deltas
+            except ReplicaLost as lost:
+                self._retry(lost)
+                self.usage = Usage(0)
+                await self.accept()
+                continue
+            return found
 
     def cancel(self) -> None:
         """Give the request up, unless it has ended: Ray would raise again what ended it."""
@@ -173,15 +222,37 @@ class Call:
             self._open = False
             self._items.cancel()
 
-    async def _next(self) -> Any:
+    async def _first(self) -> list[Delta] | None:
+        while True:
+            try:
+                return await self._timely()
+            except ReplicaLost as lost:
+                self._retry(lost)
+                await self.accept()
+
+    def _retry(self, lost: ReplicaLost) -> None:
+        """Count a retry; raises what is given if there were too many."""
+        if not self._retries:
+            raise lost
+        self._retries -= 1
+
+    async def _timely(self) -> list[Delta] | None:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            deltas: list[Delta] | None = await self._next(self._deadline)
+        except TimeoutError as error:
+            raise _late() from error
+        return deltas
+
+    async def _next(self, deadline: float) -> Any:
+        """The next item; none at the end. Raises TimeoutError at the deadline."""
+        try:
+            async with asyncio.timeout_at(deadline):
                 item = await anext(self._items, None)
             self._open = item is not None
             return item
-        except TimeoutError as error:
+        except TimeoutError:
             self.cancel()
-            raise _late() from error
+            raise
         except Exception as error:
             self._open = False
             raise _failed(error) from error
@@ -192,16 +263,31 @@ def _late() -> Refused:
     return Refused(Problem(status=504, message=message, type="server_error", code="timeout"))
 
 
+def _untaken() -> Refused:
+    return Refused(_unavailable("no replica of this model took the request in time: try again later"))
+
+
+def _unavailable(message: str, code: str = "unavailable") -> Problem:
+    return Problem(status=503, message=message, type="server_error", code=code, retry_after_s=RETRY_AFTER_S)
+
+
 def _failed(error: Exception) -> Refused:
     """Why a replica did not answer. The cause goes to the log: it may hold what is not for clients."""
     if isinstance(error, BackPressureError):
         return Refused(overloaded("the server is at its limit: try again later"))
+    if _lost(error):
+        log.warning("a replica was lost with a request: %s", error)
+        return ReplicaLost(_unavailable("the model's replica was lost: try again", "replica_lost"))
     log.error("a replica failed", exc_info=error)
     if isinstance(error, RayServeException):
-        message = "no replica of this model is running: try again later"
-        return Refused(
-            Problem(status=503, message=message, type="server_error", code="unavailable", retry_after_s=RETRY_AFTER_S)
-        )
+        return Refused(_unavailable("no replica of this model is running: try again later"))
     return Refused(
         Problem(status=500, message="the model's replica failed", type="server_error", code="replica_failed")
     )
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the replica is gone, in the forms that Ray's actors, gRPC and Serve give it."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return isinstance(error, RayActorError | ReplicaUnavailableError) and not isinstance(error, RayTaskError)

@@ -303,6 +303,8 @@ LISTS = {
 
 def _of(error: ValidationError) -> Refused:
     item = error.errors()[0]
+    if not item["loc"]:
+        return refused("a field's name holds a lone surrogate, which is no character", None)
     field = str(item["loc"][0])
     if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
         return refused(f"unrecognized request argument: {field}", field)

@@ -19,7 +19,7 @@ from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
 from raymodels.serve import weights
 from raymodels.serve.batch import Batch, Gain
-from raymodels.serve.engine import Delta, EngineStats, GenerateRequest, InvalidRequest, QueueFull
+from raymodels.serve.engine import Delta, EngineStats, GenerateRequest, QueueFull, validate
 from raymodels.serve.grammar import Grammars
 from raymodels.serve.kv_cache import ATTENTION, KVCache, Segment, packed_attention
 from raymodels.serve.prefix import PrefixCache
@@ -86,7 +86,9 @@ class TransformersEngine:
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """See `Engine.generate`."""
-        self._validate(request)
+        validate(request, self.context, self._vocabulary, self._config.max_batch)
+        if request.grammar:
+            self._grammars.check(request.grammar)
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue(), request.n)
         with self._wake:
             self.check()
@@ -147,25 +149,6 @@ class TransformersEngine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-
-    def _validate(self, request: GenerateRequest) -> None:
-        prompt, total = len(request.tokens), len(request.tokens) + request.max_tokens
-        if not prompt:
-            raise InvalidRequest("the prompt is empty, and this model has no token that a text starts with", "prompt")
-        if total > self.context:
-            raise InvalidRequest(
-                f"the prompt's {prompt} tokens and max_tokens {request.max_tokens} are over the context of "
-                f"{self.context} tokens: shorten one of them",
-                "prompt" if prompt >= self.context else "max_tokens",
-                "context_length_exceeded",
-            )
-        unknown = next((token for token in request.tokens if not 0 <= token < self._vocabulary), None)
-        if unknown is not None:
-            raise InvalidRequest(f"token id {unknown} is not in the vocabulary of {self._vocabulary}", "prompt")
-        if request.grammar:
-            self._grammars.check(request.grammar)
-        if request.n > self._config.max_batch:
-            raise InvalidRequest(f"n {request.n} is over the {self._config.max_batch} choices decoded at once", "n")
 
     async def _deltas(self, id: str, listener: _Listener) -> AsyncIterator[Delta]:
         unfinished = listener.choices

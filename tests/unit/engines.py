@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raymodels.serve.engine import Delta, GenerateRequest, Sampling
-from raymodels.serve.transformers_engine import TransformersEngine
+from raymodels.serve.engine import Delta, Engine, GenerateRequest, Sampling
 
 GREEDY = Sampling(temperature=0)
 
@@ -21,20 +20,20 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-async def deltas(engine: TransformersEngine, prompt: str | list[int], id: str = "r", **changes: Any) -> list[Delta]:
+async def deltas(engine: Engine, prompt: str | list[int], id: str = "r", **changes: Any) -> list[Delta]:
     tokens = engine.text.encode(prompt) if isinstance(prompt, str) else prompt
     request = GenerateRequest(id, tokens, **{"max_tokens": 24, "sampling": GREEDY, **changes})
     return [delta async for delta in engine.generate(request)]
 
 
-async def texts(engine: TransformersEngine, prompt: str, id: str = "r", **changes: Any) -> list[str]:
+async def texts(engine: Engine, prompt: str, id: str = "r", **changes: Any) -> list[str]:
     found = [""] * changes.get("n", 1)
     for delta in await deltas(engine, prompt, id, **changes):
         found[delta.choice] += delta.text
     return found
 
 
-async def all_texts(engine: TransformersEngine, prompts: list[str]) -> list[str]:
+async def all_texts(engine: Engine, prompts: list[str]) -> list[str]:
     found = await asyncio.gather(*(texts(engine, prompt, str(at)) for at, prompt in enumerate(prompts)))
     return [text for (text,) in found]
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
-from raymodels.serve.engine import Delta, GenerateRequest, InvalidRequest, QueueFull, Sampling
+from raymodels.serve.engine import GenerateRequest, InvalidRequest, QueueFull, Sampling
 from raymodels.serve.transformers_engine import TransformersEngine
 from tests.unit.engines import GREEDY, all_texts, deltas, reference, run, texts
 
