@@ -8,6 +8,7 @@ bound, must raise no alarm, and a slow rank must be told as slow.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -249,7 +250,8 @@ def stack_agrees(group: Ranks, verdict: Verdict) -> bool:
     """Whether the process itself, by faulthandler, tells the same functions. A stopped one does as it goes on."""
     trace = group.folder / f"trace-{verdict.rank}"
     before = trace.stat().st_size
-    os.kill(verdict.pid, signal.SIGUSR1)
+    # To the main thread, which then dumps before it goes on; another thread would see it some frames further.
+    ctypes.CDLL(None).tgkill(verdict.pid, verdict.pid, signal.SIGUSR1)
     os.kill(verdict.pid, signal.SIGCONT)
     deadline = time.monotonic() + 5
     while trace.stat().st_size == before and time.monotonic() < deadline:
