@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from raymodels.cli_batch import batch
 from raymodels.cli_keys import keys
 from raymodels.cli_runs import runs
 from raymodels.cli_serve import autoscale
@@ -36,6 +37,7 @@ app.add_typer(models, name="models")
 app.add_typer(runs, name="runs")
 app.add_typer(keys, name="keys")
 app.add_typer(autoscale, name="autoscale")
+app.command("batch")(batch)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as jobs/configs/demo.yaml")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated")]

@@ -26,6 +26,7 @@ HELP = {
     "evaluate": "held-out loss",
     "export": "Hugging Face",
     "serve": "HTTP endpoint",
+    "batch": "--concurrency",
     "complete": "--max-tokens",
     "chat": "--system",
     "submit": "--address",

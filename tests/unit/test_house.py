@@ -23,13 +23,15 @@ LAYERS = [
     ["registry"],
     ["publish", "cluster", "runs"],
     ["train", "serve", "answers", "protocol", "client", "jobs", "submit", "doctor", "display"],
-    ["cli", "cli_runs", "cli_keys", "cli_serve", "testing", "__init__"],
+    ["batch"],
+    ["cli", "cli_batch", "cli_runs", "cli_keys", "cli_serve", "testing", "__init__"],
 ]
 SIDEWAYS = {
     ("tasks", "data"),
     ("client", "protocol"),
     ("client", "answers"),
     ("protocol", "answers"),
+    ("cli", "cli_batch"),
     ("cli", "cli_runs"),
     ("cli", "cli_keys"),
     ("cli", "cli_serve"),
@@ -37,7 +39,7 @@ SIDEWAYS = {
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 # What may be imported as a module is loaded, by the rooms that someone without torch or ray uses.
 LIGHT = ["config", "errors", "storage", "manifest", "registry", "client", "protocol", "cli", "submit", "doctor", "jobs"]
-LIGHT += ["runs", "cli_runs", "cli_keys", "cli_serve"]
+LIGHT += ["runs", "cli_runs", "cli_keys", "cli_serve", "cli_batch"]
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets"}
 
 
