@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
@@ -26,20 +28,43 @@ PROMPTS = ["the model reads", "模型", "naïve café größer " * 6, "a line an
 SETTINGS = {"max_batch": 8, "max_queue": 8, "max_context": 256}
 
 
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with heads of a size that vLLM has kernels for."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(11)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def engine(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[Engine]:
-    engine = open_engine(str(tiny_model_dir), EngineConfig(kind=request.param, **SETTINGS), threads=1)
+def engine(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Engine]:
+    engine = open_engine(str(model_dir), EngineConfig(kind=request.param, **SETTINGS), threads=1)
     yield engine
     engine.close()
 
 
-def test_greedy_text_is_that_of_generate_alone_and_together(engine: Engine, tiny_model_dir: Path) -> None:
-    expected = [reference(tiny_model_dir, prompt) for prompt in PROMPTS]
+def test_greedy_text_is_that_of_generate_alone_and_together(engine: Engine, model_dir: Path) -> None:
+    expected = [reference(model_dir, prompt) for prompt in PROMPTS]
     assert [run(texts(engine, prompt))[0] for prompt in PROMPTS] == expected
     assert run(all_texts(engine, PROMPTS * 2)) == expected * 2
 
 
-def test_scores_are_log_probabilities_of_the_prompt(engine: Engine, tiny_model_dir: Path) -> None:
+def test_scores_are_log_probabilities_of_the_prompt(engine: Engine, model_dir: Path) -> None:
     tokens = engine.text.encode(PROMPTS[2])
     found = run(engine.score(tokens))
     assert len(found) == len(tokens) - 1 and all(score <= 0 for score in found)
@@ -66,8 +91,8 @@ def test_choices_are_independent_and_a_seed_repeats_them(engine: Engine) -> None
     assert len({*first}) > 1
 
 
-def test_a_stop_string_ends_the_text_before_it(engine: Engine, tiny_model_dir: Path) -> None:
-    whole = reference(tiny_model_dir, PROMPTS[0])
+def test_a_stop_string_ends_the_text_before_it(engine: Engine, model_dir: Path) -> None:
+    whole = reference(model_dir, PROMPTS[0])
     stop = whole[5:8]
     found = run(deltas(engine, PROMPTS[0], stop=(stop,)))
     assert "".join(delta.text for delta in found) == whole[: whole.index(stop)]
@@ -135,8 +160,8 @@ def test_what_can_never_be_served_is_refused(engine: Engine, change: dict[str, A
     assert refused.value.field == field
 
 
-def test_a_closed_engine_says_so(tiny_model_dir: Path) -> None:
-    engine = open_engine(str(tiny_model_dir), EngineConfig(kind="transformers"), threads=1)
+def test_a_closed_engine_says_so(model_dir: Path) -> None:
+    engine = open_engine(str(model_dir), EngineConfig(kind="transformers"), threads=1)
     engine.check()
     engine.close()
     with pytest.raises(ServeError, match="closed"):
