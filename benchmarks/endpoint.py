@@ -92,6 +92,12 @@ def replica_processes(count: int, timeout_s: float = 120) -> dict[int, Process]:
     raise TimeoutError(f"{len(found)} of {count} replicas were found in {timeout_s:g} s")
 
 
+def proxy_url() -> str:
+    """Of Ray Serve's own proxy, whatever clients of the endpoint use."""
+    options = serve.context._get_global_client().http_config
+    return f"http://{options.host}:{options.port}"
+
+
 def gateway_process() -> Process:
     """The gateway's, of which there must be one."""
     process: Process = serve.get_app_handle(GATEWAY).process.remote().result()

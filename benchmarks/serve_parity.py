@@ -18,47 +18,19 @@ from typing import Any
 
 import httpx
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.endpoint import MODEL, serving, tiny_model
 from benchmarks.report import Bar, quick, report
 from raymodels.checkpoint.export import export as write
 from raymodels.checkpoint.layout import open_checkpoint
-from raymodels.config import Config, ServeConfig, load, validate
+from raymodels.config import Config, load
 from raymodels.data.prepare import prepare
-from raymodels.registry import Registry
-from raymodels.serve.deploy import deploy
 from raymodels.testing import run_ranks, train_here
 
 WORDS = ["def ", "return ", "größer ", "naïve ", "日本語 ", "🙂", "👍🏽", "for x in ", "Ω", "\n    ", "模型 "]
 PROMPTS = 50
 PROBE = torch.arange(10, 74).unsqueeze(0)
-
-
-def export(folder: Path, hidden: int, layers: int) -> None:
-    """A Llama with random weights and a byte-level tokenizer trained on Python's own json package."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    sources = sorted((Path(sysconfig.get_path("stdlib")) / "json").glob("*.py"))
-    tokenizer.train_from_iterator((source.read_text() for source in sources), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
 
 
 def trained_logits(config: Config, prepared_place: str) -> torch.Tensor:
@@ -112,11 +84,11 @@ def stream_mismatches(http: httpx.Client, max_tokens: int) -> int:
 
 
 def ask(http: httpx.Client, **fields: Any) -> Any:
-    return http.post("/v1/completions", json={"model": "parity", **fields}).raise_for_status().json()
+    return http.post("/v1/completions", json={"model": MODEL, **fields}).raise_for_status().json()
 
 
 def streamed(http: httpx.Client, **fields: Any) -> str:
-    with http.stream("POST", "/v1/completions", json={"model": "parity", "stream": True, **fields}) as answer:
+    with http.stream("POST", "/v1/completions", json={"model": MODEL, "stream": True, **fields}) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
@@ -126,14 +98,15 @@ def main() -> int:
     hidden, layers, max_tokens = (64, 2, 24) if quick() else (256, 6, 64)
     with tempfile.TemporaryDirectory() as temporary:
         logits = [logit_difference(stage, Path(temporary)) for stage in range(4)]
-        folder, registry = Path(temporary) / "export", Path(temporary) / "registry"
-        export(folder, hidden, layers)
-        Registry(str(registry)).publish("parity", str(folder), {})
+        folder = Path(temporary) / "export"
+        tiny_model(folder, hidden, layers)
         # Chunks shorter than the prompts: a prompt computed in one piece would be the very computation compared with.
-        model = {"model": "parity", "engine": {"prefill_chunk": 32}}
-        raw = {"registry": str(registry), "models": [model], "http": {"port": 0}}
+        model = {"engine": {"prefill_chunk": 32}}
         start = time.perf_counter()
-        with deploy(validate(raw, ServeConfig)) as endpoint, httpx.Client(base_url=endpoint.url, timeout=120) as http:
+        with (
+            serving(Path(temporary), folder, model) as endpoint,
+            httpx.Client(base_url=endpoint.url, timeout=120) as http,
+        ):
             ready = time.perf_counter() - start
             differences, mismatches = logprob_differences(http, folder), stream_mismatches(http, max_tokens)
     rows = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
@@ -14,9 +15,10 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.api import RunTarget
 
+import raymodels
 from raymodels import storage
 from raymodels.cluster import connect
-from raymodels.config import HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
+from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
 from raymodels.errors import ConfigError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.gateway import Gateway
@@ -92,7 +94,7 @@ def deploy(config: ServeConfig) -> Endpoint:
     table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
     engines = {_name(versions[model.public_name]): model.engine for model in config.models}
     http = _http(config)
-    gateway = RunTarget(_gateway(http).bind(http, table, None, engines), name=GATEWAY, route_prefix="/")
+    gateway = RunTarget(_gateway(http, table, engines).bind(http), name=GATEWAY, route_prefix="/")
     owns_ray, owns_serve = connect(), not serve.status().proxies
     present = set(serve.status().applications)
     endpoint = Endpoint(
@@ -161,24 +163,43 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) ->
         max_ongoing_requests=2 * (engine.max_batch + engine.max_queue),
         max_queued_requests=engine.max_queue,
         autoscaling_config=serve_settings(scaling),
+        version=_digest(storage.absolute(config.registry), version.reference, engine.model_dump_json(), threads),
+        _internal=True,
     )
     return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads)
 
 
-def _gateway(http: HttpConfig) -> Any:
+def _digest(*arguments: object) -> str:
+    """A deployment's version. Serve leaves its processes alone as long as that is the same."""
+    return hashlib.sha256(repr((raymodels.__version__, *arguments)).encode()).hexdigest()[:16]
+
+
+def _gateway(
+    http: HttpConfig, table: dict[str, Route] | None = None, engines: dict[str, EngineConfig] | None = None
+) -> Any:
+    """The gateway's deployment. A table in here can be changed without a restart, one among its arguments cannot."""
     # Its port is looked for where Serve's own proxies are by default.
     node = {HEAD_NODE_RESOURCE_NAME: 0.001} if http.ingress == "direct" else {}
-    return cast(Any, Gateway).options(
+    gateway = cast(Any, Gateway).options(
         name=GATEWAY,
         num_replicas=http.gateway_replicas,
         ray_actor_options={"num_cpus": http.gateway_cpus, "resources": node, "runtime_env": {"env_vars": DIRECTLY}},
         max_ongoing_requests=10_000,
     )
+    if table is None:
+        return gateway
+    routes = {
+        "table": {name: asdict(route) for name, route in table.items()},
+        "engines": {name: engine.model_dump(mode="json") for name, engine in (engines or {}).items()},
+    }
+    return gateway.options(user_config=routes, version=_digest(http.model_dump_json()), _internal=True)
 
 
 def _http(config: ServeConfig) -> HttpConfig:
-    """The settings with a port, and with a keys file that every process finds and in which nothing is wrong."""
-    changes: dict[str, Any] = {"port": config.http.port or _free_port(config.http.host)}
+    """The settings with a port for the gateway, and with a keys file that all find and in which nothing is wrong."""
+    changes: dict[str, Any] = {}
+    if config.http.ingress == "direct":
+        changes["port"] = config.http.port or _free_port(config.http.host)
     if config.http.keys_file is not None:
         changes["keys_file"] = storage.absolute(config.http.keys_file)
         load(changes["keys_file"], root=KeysConfig)
@@ -192,10 +213,11 @@ def _distinct(targets: list[RunTarget]) -> list[RunTarget]:
 
 def _start_http(http: HttpConfig) -> str:
     """Start Serve, with its proxy on the port, or where that is the gateway's on any other; the URL for clients."""
-    host, port = (http.host, http.port) if http.ingress == "proxy" else (LOCAL, _free_port(LOCAL))
+    direct = http.ingress == "direct"
+    host, port = (LOCAL, _free_port(LOCAL)) if direct else (http.host, http.port or _free_port(http.host))
     # The gateway ends a request on time, with an answer in the right shape; the proxy only in case it could not.
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30})
-    return _url(http.host, http.port)
+    return _url(http.host, http.port if direct else port)
 
 
 def _shut_down_serve() -> None:

@@ -24,7 +24,7 @@ from raymodels.serve.admission import Admission
 from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
 from raymodels.serve.capacity import Capacity
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden
-from raymodels.serve.listener import Listener
+from raymodels.serve.listener import Listener, shared_port
 from raymodels.serve.metrics import CLIENT_LEFT, engine_stats
 from raymodels.serve.openapi import page
 from raymodels.serve.quotas import check_prompt, estimated_tokens, limited, sequences
@@ -56,8 +56,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _listen(app: FastAPI) -> Listener | None:
     while (gateway := serve.get_replica_context().servable_object) is None:
         await asyncio.sleep(0.01)
-    http = gateway.front.http
-    return Listener(app, http.host, http.port) if http.ingress == "direct" else None
+    return Listener(app, gateway.port) if gateway.port else None
 
 
 app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -144,16 +143,26 @@ class Gateway:
     def __init__(
         self,
         http: HttpConfig,
-        table: dict[str, Route],
+        table: dict[str, Route] | None = None,
         bound: dict[str, Any] | None = None,
         engines: dict[str, EngineConfig] | None = None,
     ) -> None:
         self._http = http
-        self._routes = Routes(table, dict(bound or {}), http.replica_wait_s)
+        self._engines = dict(engines or {})
+        self._routes = Routes(dict(table or {}), dict(bound or {}), http.replica_wait_s)
+        self.port = shared_port(http.host, http.port) if http.ingress == "direct" else None
         self.front = Front(http)
-        self._capacity = Capacity(http, table, engines or {})
+        self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
         self._watching = asyncio.get_running_loop().create_task(self._capacity.watch(self._admission.dispatch))
+
+    async def reconfigure(self, changes: dict[str, Any]) -> None:
+        """Take over another ``table`` and its ``engines``, as JSON, while requests go on. Called by Ray Serve."""
+        self._engines.clear()
+        self._engines |= {name: EngineConfig.model_validate(raw) for name, raw in changes["engines"].items()}
+        self._routes.table.clear()
+        self._routes.table |= {name: Route(**raw) for name, raw in changes["table"].items()}
+        self._admission.dispatch()
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:

@@ -8,19 +8,17 @@ import socket
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raymodels.errors import ServeError
+
 KEEP_ALIVE_S = 90
 DRAIN_S = 15
 """For requests in flight when the gateway is replaced; Ray Serve ends it after 20 seconds."""
 
 
 class Listener:
-    """Answers on a port from now on. Several gateways on one machine share it: each new connection goes to one.
+    """Answers on a port from now on."""
 
-    Raises:
-        OSError: the port is taken by something else.
-    """
-
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, port: socket.socket) -> None:
         config = uvicorn.Config(
             Leaving(app),
             lifespan="off",
@@ -30,7 +28,7 @@ class Listener:
             timeout_graceful_shutdown=DRAIN_S,
         )
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve([shared_socket(host, port)]))
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve([port]))
 
     async def drain(self) -> None:
         """Take no more connections, and wait for the requests in flight."""
@@ -38,16 +36,21 @@ class Listener:
         await self._serving
 
 
-def shared_socket(host: str, port: int) -> socket.socket:
+def shared_port(host: str, port: int) -> socket.socket:
+    """A port that several gateways of one machine can have: each new connection goes to one of those that listen.
+
+    Raises:
+        ServeError: something else has it.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
-    except OSError:
+    except OSError as error:
         bound.close()
-        raise
+        raise ServeError(f"http.port: cannot listen on {host}:{port}: {error.strerror}") from error
     return bound
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from raymodels.serve.answers import token_name
 from raymodels.serve.engine import Delta, Engine, EngineStats, InvalidRequest, QueueFull
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
+from raymodels.serve.pace import Pace
 from raymodels.serve.schema import (
     ChatRequest,
     DetokenizeRequest,
@@ -108,6 +110,7 @@ class Replica:
         self._dimensions = int(AutoConfig.from_pretrained(folder).hidden_size)
         self._choices = engine.max_batch
         self._load = LoadMeter()
+        self._pace = Pace()
         self._translator = Translator(
             self._engine.text, self._version.reference, self._engine.context, engine.max_batch + engine.max_queue
         )
@@ -137,11 +140,13 @@ class Replica:
             if echoed := self._echo(request):
                 yield echoed
             offsets = [len(delta.text) for delta in echoed] or [0] * request.n * len(parts)
-            async for deltas in _merged(streams):
-                if began:
-                    self._load.first_token(time.monotonic() - began)
-                    began = 0.0
-                yield [_shifted(replace(delta, choice=p * request.n + delta.choice), offsets) for p, delta in deltas]
+            with self._pace.answer(request.stream) as gap_s:
+                async for deltas in _merged(streams, gap_s):
+                    if began:
+                        self._load.first_token(time.monotonic() - began)
+                        began = 0.0
+                    placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
+                    yield [_shifted(delta, offsets) for delta in placed]
         finally:
             if accepted:
                 self._load.left(choices)
@@ -244,8 +249,10 @@ def _shifted(delta: Delta, offsets: list[int]) -> Delta:
     return replace(delta, tokens=tuple(replace(token, offset=token.offset + offset) for token in delta.tokens))
 
 
-async def _merged(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[list[tuple[int, Delta]]]:
-    """Deltas of several streams with their stream's number, as they come; all that are there at once together."""
+async def _merged(
+    streams: list[AsyncIterator[Delta]], gap_s: Callable[[], float]
+) -> AsyncIterator[list[tuple[int, Delta]]]:
+    """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``."""
     queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
     async def forward(number: int, stream: AsyncIterator[Delta]) -> None:
@@ -258,9 +265,11 @@ async def _merged(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[list[tup
 
     tasks = [asyncio.create_task(forward(number, stream)) for number, stream in enumerate(streams)]
     try:
-        open_streams = len(tasks)
+        open_streams, sent = len(tasks), -math.inf
         while open_streams:
             items = [await queue.get()]
+            if (rest := sent + gap_s() - time.monotonic()) > 0:
+                await asyncio.wait(tasks, timeout=None if rest == math.inf else rest)  # what has ended waits no longer
             while not queue.empty():
                 items.append(queue.get_nowait())
             deltas = []
@@ -272,6 +281,7 @@ async def _merged(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[list[tup
                 else:
                     deltas.append((number, item))
             if deltas:
+                sent = time.monotonic()
                 yield deltas
     finally:
         for task in tasks:

@@ -72,7 +72,7 @@ class Handle:
     generate: Any
 
     def options(self, stream: bool) -> Handle:
-        self.generate = SimpleNamespace(remote=lambda request: Stream(Script().generate(request)))
+        self.generate = SimpleNamespace(remote=lambda request, *_: Stream(Script().generate(request)))
         return self
 
     def __getattr__(self, method: str) -> Any:

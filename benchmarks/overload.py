@@ -1,0 +1,114 @@
+"""One key asks for five times what the model can do: what another key notices of it.
+
+The quiet key sends requests at a quarter of the model's rate, alone and then beside the loud key, in turns.
+
+The bars: the quiet key's p99 under overload at most 2 x its own without; no status but 200, 429 and 503; whatever was
+accepted is answered to its end; and the quiet key is never refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.endpoint import Outcome, request, serving, tiny_model
+from benchmarks.report import Bar, quick, report
+from raymodels.serve.tenants import add_key
+
+BATCH = 8
+FIELDS: dict[str, Any] = {"prompt": "def main", "max_tokens": 64, "logit_bias": {"0": -100}}
+ALLOWED = {200, 429, 503}
+
+
+def client(url: str, key: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers={"Authorization": f"Bearer {key}"})
+
+
+async def at_rate(http: httpx.AsyncClient, per_s: float, seconds: float) -> list[Outcome]:
+    """Send requests evenly, whether or not earlier ones have been answered; their outcomes once all have."""
+    sent, start = list[asyncio.Task[Outcome]](), time.perf_counter()
+    for number in range(int(per_s * seconds)):
+        await asyncio.sleep(start + number / per_s - time.perf_counter())
+        sent.append(asyncio.create_task(request(http, **FIELDS)))
+    return await asyncio.gather(*sent)
+
+
+async def rate(http: httpx.AsyncClient, seconds: float) -> float:
+    """Requests a second of as many clients as the model decodes together."""
+    start, done = time.perf_counter(), 0
+
+    async def ask() -> None:
+        nonlocal done
+        while time.perf_counter() < start + seconds:
+            outcome = await request(http, **FIELDS)
+            done += outcome.finished
+
+    await asyncio.gather(*(ask() for _ in range(BATCH)))
+    return done / (time.perf_counter() - start)
+
+
+async def measure(url: str, quiet_key: str, loud_key: str, rounds: int, seconds: float) -> tuple[float, Any]:
+    """The model's rate, and outcomes of the quiet key alone, of it under overload, and of the loud key."""
+    alone, beside, loud = list[Outcome](), list[Outcome](), list[Outcome]()
+    async with client(url, quiet_key) as quiet_http, client(url, loud_key) as loud_http:
+        await rate(loud_http, seconds / 4)
+        full = await rate(loud_http, seconds / 2)
+        for _ in range(rounds):
+            alone += await at_rate(quiet_http, full / 4, seconds)
+            ours, theirs = await asyncio.gather(
+                at_rate(quiet_http, full / 4, seconds), at_rate(loud_http, 5 * full, seconds)
+            )
+            beside, loud = beside + ours, loud + theirs
+    return full, {"quiet, alone": alone, "quiet, beside the loud one": beside, "loud": loud}
+
+
+def p99_s(outcomes: list[Outcome]) -> float:
+    taken = sorted(outcome.total_s for outcome in outcomes if outcome.finished)
+    return taken[int(0.99 * (len(taken) - 1))]
+
+
+def main() -> int:
+    rounds, seconds = (1, 20) if quick() else (4, 30)
+    with tempfile.TemporaryDirectory() as temporary:
+        keys = str(Path(temporary) / "keys.yaml")
+        quiet_key, loud_key = add_key(keys, "quiet"), add_key(keys, "loud")
+        model_dir = tiny_model(Path(temporary) / "model", 512, 8)
+        model = {"cpus": 0.5, "engine": {"max_batch": BATCH, "max_queue": 2 * BATCH}}
+        with serving(Path(temporary), model_dir, model, {"keys_file": keys}) as endpoint:
+            full, found = asyncio.run(measure(endpoint.url, quiet_key, loud_key, rounds, seconds))
+    rows = []
+    for name, outcomes in found.items():
+        statuses = Counter(outcome.status for outcome in outcomes)
+        rows.append(
+            {
+                "key": name,
+                "requests": len(outcomes),
+                "answered": sum(outcome.finished for outcome in outcomes),
+                "429 and 503": statuses[429] + statuses[503],
+                "p50 s": sorted(outcome.total_s for outcome in outcomes)[len(outcomes) // 2],
+                "p99 s of answered": p99_s(outcomes),
+                "of the model's rate": len(outcomes) / (rounds * seconds) / full,
+            }
+        )
+    everything = [outcome for outcomes in found.values() for outcome in outcomes]
+    refused = [outcome for name, outcomes in found.items() if name != "loud" for outcome in outcomes]
+    bars = [
+        Bar("p99_ratio", p99_s(found["quiet, beside the loud one"]) / p99_s(found["quiet, alone"]), "<=", 2),
+        Bar("other_statuses", sum(outcome.status not in ALLOWED for outcome in everything), "==", 0),
+        Bar("lost_after_acceptance", sum(o.status == 200 and not o.finished for o in everything), "==", 0),
+        Bar("quiet_refused", sum(outcome.status != 200 for outcome in refused), "==", 0),
+        Bar("loud_refused_share", sum(o.status != 200 for o in found["loud"]) / len(found["loud"]), ">=", 0.5),
+    ]
+    return report("overload", rows, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What clients see when replicas die and what is left when clients go, on a real endpoint with two replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from raymodels.config import ServeConfig, validate
+from raymodels.registry import Registry
+from raymodels.serve.deploy import Endpoint, deploy
+
+# No end-of-text token: every answer is as long as was asked for.
+FIELDS = {"model": "tiny", "prompt": "the model reads", "logit_bias": {"0": -100}}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    registry = Registry(str(tmp_path_factory.mktemp("registry")))
+    registry.publish("tiny", str(tiny_model_dir), {})
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    model = {"model": "tiny", "cpus": 0.5, "autoscaling": {"min_replicas": 2, "max_replicas": 2}}
+    http = {"port": port, "ingress": "direct", "access_log": False}
+    return {"registry": registry.place, "models": [model], "http": http}
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: Any, config: dict[str, Any]) -> Iterator[Endpoint]:
+    with deploy(validate(config, ServeConfig)) as endpoint:
+        yield endpoint
+
+
+def ask_a_replica(method: str) -> Any:
+    from ray import serve
+
+    return getattr(serve.get_app_handle("tiny--v1"), method).remote().result(timeout_s=60)
+
+
+def pids() -> set[int]:
+    return {ask_a_replica("process").pid for _ in range(20)}
+
+
+async def ask(http: httpx.AsyncClient, stream: bool) -> tuple[bool, int, str]:
+    """Whether it was streamed, its status, its text."""
+    answer = await http.post("/v1/completions", json={**FIELDS, "max_tokens": 150, "stream": stream})
+    return stream, answer.status_code, answer.text
+
+
+def test_a_replica_killed_under_load_loses_no_request(endpoint: Endpoint) -> None:
+    victim = next(iter(pids()))
+
+    async def main() -> list[tuple[bool, int, str]]:
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
+            first = [asyncio.create_task(ask(http, stream)) for stream in (True, False) * 6]
+            await asyncio.sleep(0.5)
+            os.kill(victim, signal.SIGKILL)
+            later = [asyncio.create_task(ask(http, stream)) for stream in (True, False) * 3]
+            return await asyncio.gather(*first, *later)
+
+    answers = asyncio.run(main())
+    assert {status for _, status, _ in answers} == {200}
+    events = [text for stream, _, text in answers if stream]
+    assert all(text.endswith("data: [DONE]\n\n") or '"code":"replica_lost"' in text for text in events)
+    assert all('"finish_reason"' in text for stream, _, text in answers if not stream)
+    assert victim not in pids()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(endpoint: Endpoint, stream: bool) -> None:
+    def running() -> int:
+        return max(ask_a_replica("stats").running for _ in range(8))
+
+    async def until(running_now: bool) -> None:
+        deadline = time.monotonic() + 10
+        while (await asyncio.to_thread(running) > 0) != running_now:
+            assert time.monotonic() < deadline
+
+    async def main() -> None:
+        body = {**FIELDS, "max_tokens": 240, "n": 4, "logprobs": 20, "stream": stream}
+        async with httpx.AsyncClient(base_url=endpoint.url) as http:
+            asking = asyncio.create_task(http.post("/v1/completions", json=body))
+            await until(running_now=True)
+            asking.cancel()
+        await until(running_now=False)
+
+    asyncio.run(main())
+
+
+def test_a_new_table_disturbs_nobody(endpoint: Endpoint, config: dict[str, Any]) -> None:
+    from ray import serve
+
+    def gateway() -> int:
+        return int(serve.get_app_handle("gateway").process.remote().result().pid)
+
+    before, second = gateway(), {**config["models"][0], "served_as": "second"}
+    with httpx.Client(base_url=endpoint.url, timeout=60) as http:
+        body = {**FIELDS, "max_tokens": 4}
+        assert http.post("/v1/completions", json={**body, "model": "second"}).status_code == 404
+        again = deploy(validate({**config, "models": [*config["models"], second]}, ServeConfig))
+        assert (again.url, gateway()) == (endpoint.url, before)
+        for model in ("tiny", "second"):
+            assert http.post("/v1/completions", json={**body, "model": model}).status_code == 200
