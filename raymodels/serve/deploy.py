@@ -135,7 +135,9 @@ def application(args: dict[str, str]) -> serve.Application:
         bound[_name(version)] = _replicas(config, model, version)
         table[model.public_name] = Route({_name(version): 1.0})
         engines[_name(version)] = model.engine
-    return _gateway(config.http).bind(config.http, table, bound, engines)
+    # KubeRay's Service leads to Serve's proxies.
+    http = config.http.model_copy(update={"ingress": "proxy"})
+    return _gateway(http).bind(http, table, bound, engines)
 
 
 def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:

@@ -69,7 +69,9 @@ def endpoint(folder: Path, models: dict[str, Path], engine: EngineConfig, **http
 
     async def run() -> None:
         kind = Gateway.func_or_class.__mro__[1]  # the class itself, under what Ray Serve wraps around it
-        context.servable_object = kind(HttpConfig(**http), table, handles, dict.fromkeys(handles, engine))
+        context.servable_object = kind(
+            HttpConfig(ingress="proxy", **http), table, handles, dict.fromkeys(handles, engine)
+        )
         await server.serve([listening])
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="endpoint")

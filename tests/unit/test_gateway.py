@@ -117,7 +117,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     def run(what: Use, **http: Any) -> Any:
         global most
         most = 0
-        return asyncio.run(main(HttpConfig(**http), what))
+        return asyncio.run(main(HttpConfig(ingress="proxy", **http), what))
 
     run.log = lambda: [json.loads(line) for line in written.getvalue().splitlines()]  # type: ignore[attr-defined]
     yield run
