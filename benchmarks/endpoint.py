@@ -26,9 +26,13 @@ from raymodels.serve.replica import Process
 MODEL = "tiny"
 APPLICATION = f"{MODEL}--v1"
 ASKS = 400
+CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+)
 
 
-def tiny_model(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
+def tiny_model(folder: Path, hidden: int = 64, layers: int = 2, context: int = 512) -> Path:
     """A Llama with random weights and a byte-level tokenizer trained on Python's own json package."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +41,9 @@ def tiny_model(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     sources = sorted((Path(sysconfig.get_path("stdlib")) / "json").glob("*.py"))
     tokenizer.train_from_iterator((source.read_text() for source in sources), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=1024,
@@ -46,7 +52,7 @@ def tiny_model(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=0,
