@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sysconfig
 import time
@@ -15,7 +16,9 @@ TRIES, TRY_SECONDS = 3, 5.0
 # Files whose functions wait for other ranks, and modules that compile.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/", "ray/train/v2/api/train_fn_utils.py")
 _COMPILERS = ("torch/_dynamo/", "torch/_inductor/", "torch/utils/cpp_extension.py", "/triton/")
-_LIBRARIES = ("/torch/", "/deepspeed/", "/ray/")
+_AWAITED = ("/torch/", "/deepspeed/")
+# The standard library and what is installed beside it, but for this package.
+_LIBRARY = re.compile(r"^<frozen |/lib(64)?/python3[\d.]*/(?!(site|dist)-packages/raymodels/)")
 _AUTOGRAD = "torch/autograd/"
 
 
@@ -41,7 +44,7 @@ class Stack:
     @property
     def head(self) -> str:
         """In one line: the innermost frame, and the innermost that is not a library's."""
-        own = next((line for line in self.lines if not _any_in([line], _LIBRARIES)), None)
+        own = next((line for line in self.lines if not _is_library(line.partition(" (")[2])), None)
         if not self.lines:
             return self.text
         return self.lines[0] if own in (None, self.lines[0]) else f"{self.lines[0].split()[0]} of {own}"
@@ -88,9 +91,15 @@ def read(threads: list[dict[str, Any]], thread: int) -> Stack:
     return Stack(lines, waits, _any_in(files, _COMPILERS))
 
 
+def _is_library(file: str) -> bool:
+    """Whether a file is neither the user's nor this package's, wherever that is installed."""
+    return _LIBRARY.search(file) is not None
+
+
 def _awaits_handle(innermost: dict[str, Any]) -> bool:
     """Whether it waits for a collective that was started before."""
-    return _any_in([innermost["filename"]], _LIBRARIES) and innermost["name"].rpartition(".")[2] == "wait"
+    file = innermost["filename"]
+    return _is_library(file) and _any_in([file], _AWAITED) and innermost["name"].rpartition(".")[2] == "wait"
 
 
 def _any_in(files: list[str], parts: tuple[str, ...]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from benchmarks.hang_naming import KINDS, Plan, healthy, inject
 from raymodels.train.verdict import Bounds
@@ -21,7 +22,9 @@ def test_a_rank_that_stands_is_named_with_its_stack(fault: str, function: str | 
     assert named.right_stack
     assert "Program.train" in named.verdict.stack
     assert function is None or function in named.verdict.stack
-    assert "all_reduce" in named.verdict.others[0]
+    waits_in = named.verdict.others[0].split()[0]  # a stopped rank may miss any collective of a step
+    assert waits_in in torch.distributed.distributed_c10d.__all__, named.verdict.others
+    assert "Program." in named.verdict.others[0]
 
 
 def test_the_one_of_three_that_missed_a_collective_is_named() -> None:
