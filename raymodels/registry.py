@@ -21,6 +21,7 @@ import socket
 import tempfile
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from raymodels.errors import AlreadyExists, IntegrityError, RegistryError
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 PREFIX = "registry:"
+READERS = 32
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Registry:
 
     def versions(self, name: str | None = None) -> list[Version]:
         """The committed versions of one model or of all, oldest first; none if there is no such model."""
-        if name is None:
-            return [version for each in self.names() for version in self.versions(each)]
-        committed = [n for n in self._numbers(name) if manifest.is_committed(self._version_place(name, n))]
-        return [self._open(name, number) for number in committed]
+        names = self.names() if name is None else [name]
+        with ThreadPoolExecutor(READERS) as pool:  # a bucket takes its time for each of thousands of answers
+            numbers = pool.map(self._numbers, names)
+            claimed = [(each, number) for each, found in zip(names, numbers, strict=True) for number in found]
+            opened = pool.map(lambda one: self._committed(*one), claimed)
+            return [version for version in opened if version]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version number."""
@@ -123,7 +127,8 @@ class Registry:
         if alias:
             _check_alias(alias)
         source = manifest.describe(model_dir)
-        if "config.json" not in source or not any(file.endswith(".safetensors") for file in source):
+        described = "config.json" in source or "adapter_config.json" in source
+        if not described or not any(file.endswith(".safetensors") for file in source):
             raise RegistryError(f"{model_dir} is not a model: it needs config.json and .safetensors files")
         number = self._claim(name)
         place = self._version_place(name, number)
@@ -173,6 +178,9 @@ class Registry:
             newest = self._newest(name)
             raise RegistryError(f"{name} has no version {number} in {self.place}; the newest is {newest.number}")
         return self._open(name, number)
+
+    def _committed(self, name: str, number: int) -> Version | None:
+        return self._open(name, number) if manifest.is_committed(self._version_place(name, number)) else None
 
     def _open(self, name: str, number: int) -> Version:
         place = self._version_place(name, number)

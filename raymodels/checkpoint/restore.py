@@ -12,7 +12,7 @@ from raymodels import manifest
 from raymodels.checkpoint import fragments as live
 from raymodels.checkpoint import layout
 from raymodels.checkpoint.rest import load_rest
-from raymodels.checkpoint.shards import Shards
+from raymodels.checkpoint.shards import Headers, Shards, read_headers
 from raymodels.errors import CheckpointError, IntegrityError, RaymodelsError, StorageError
 
 T = TypeVar("T")
@@ -60,9 +60,8 @@ def restore(engine: Any, checkpoint: layout.Checkpoint) -> layout.State:
         IntegrityError: a file is missing or changed.
         CheckpointError: it is of another model, or what is in memory is not what was saved.
     """
-    _verify_together(checkpoint.place)
+    shards = _open_together(checkpoint.place)
     state = checkpoint.state()
-    shards = Shards(checkpoint.place)
     _same_model(engine, shards, checkpoint.place)
     for fragment in live.fragments(engine, write_back=True):
         for kind, tensor in fragment.tensors.items():
@@ -116,17 +115,23 @@ def _same_model(engine: Any, shards: Shards, place: str) -> None:
     )
 
 
-def _verify_together(place: str) -> None:
-    """Each rank checks its share of the files; all raise if one found damage, or could not read."""
-    problem: RaymodelsError | None = None
+def _open_together(place: str) -> Shards:
+    """Each rank checks its share of the files and reads what they hold; all raise if one found damage, or could not.
+
+    So no file is opened by all: of a thousand ranks each would open a thousand.
+    """
+    share = (dist.get_rank(), dist.get_world_size())
+    mine: Headers | RaymodelsError
     try:
-        manifest.verify(place, share=(dist.get_rank(), dist.get_world_size()))
-    except (IntegrityError, StorageError) as error:
-        problem = error
+        manifest.verify(place, share)
+        mine = read_headers(place, share)
+    except (IntegrityError, StorageError, CheckpointError) as error:
+        mine = error
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    if found := [error for error in everyone if error]:
+    dist.all_gather_object(everyone, mine)
+    if found := [answer for answer in everyone if isinstance(answer, RaymodelsError)]:
         raise next((error for error in found if isinstance(error, StorageError)), found[0])
+    return Shards(place, {file: header for headers in everyone for file, header in headers.items()})
 
 
 def _of_rank_0(value: T) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from raymodels.errors import CheckpointError
 READERS = 16
 SUFFIX = ".safetensors"
 REST = f"rest{SUFFIX}"
+Headers = dict[str, tuple[dict[str, tuple[int, int]], dict[str, Any]]]
+"""By file: its tensors as name -> (first byte in the file, elements), and its metadata."""
 
 
 def file_name(rank: int, world_size: int) -> str:
@@ -26,20 +29,33 @@ def metadata(fragments: list[Fragment]) -> dict[str, dict[str, tuple[int, tuple[
     return {"fragments": {fragment.name: (fragment.start, fragment.shape) for fragment in fragments}}
 
 
+def read_headers(place: str, share: tuple[int, int] = (0, 1)) -> Headers:
+    """What the shards of a checkpoint say that they hold, by file.
+
+    Args:
+        share: ``(i, n)`` reads every n-th shard from the i-th on, for n processes that open a checkpoint together.
+    """
+    index, count = share
+    files = sorted(f for f in manifest.read(place) if f.startswith(f"{layout.ZERO}/shard-"))[index::count]
+    with ThreadPoolExecutor(READERS) as pool:
+        headers = pool.map(lambda name: tensors.read_header(storage.join(place, name)), files)
+        return dict(zip(files, headers, strict=True))
+
+
 class Shards:
     """All shards of a checkpoint as one. ``shapes`` are the parameters' whole shapes by name.
+
+    Args:
+        headers: of all shards; read here unless given.
 
     Raises:
         CheckpointError: the fragments do not make whole parameters.
     """
 
-    def __init__(self, place: str) -> None:
-        files = [f for f in manifest.read(place) if f.startswith(f"{layout.ZERO}/shard-")]
+    def __init__(self, place: str, headers: Headers | None = None) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tensors.Piece]] = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            headers = list(pool.map(lambda name: tensors.read_header(storage.join(place, name)), files))
-        for file, (found, said) in zip(files, headers, strict=True):
+        for file, (found, said) in (read_headers(place) if headers is None else headers).items():
             for name, (start, shape) in said["fragments"].items():
                 self.shapes[name] = tuple(shape)
                 for kind in KINDS:

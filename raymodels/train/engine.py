@@ -94,5 +94,5 @@ def write_assets(architecture: PreTrainedConfig, tokenizer_dir: str) -> Path:
     """A new local folder with config and tokenizer: what a checkpoint carries beside the weights."""
     folder = Path(tempfile.mkdtemp(prefix="raymodels-assets-"))
     architecture.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
     return folder

@@ -46,8 +46,12 @@ def _report(report: Mapping[str, Any], tags: dict[str, str]) -> None:
             _gauge(name, meaning).set(float(report[name]), tags)
     if "world_size" in report:
         _gauge("world_size", "ranks of the last report").set(report["world_size"], tags)
-    for rank, held in enumerate(report["memory_bytes"]):
-        _gauge("memory_bytes", "the most memory that a rank has held", "rank").set(held, {**tags, "rank": str(rank)})
+    group = -(-report.get("world_size", 0) // max(1, len(report["memory_bytes"]))) or 1
+    for number, held in enumerate(report["memory_bytes"]):
+        labels = {**tags, "rank": str(number * group)}
+        _gauge("memory_bytes", "the most that a rank, or one of a group that begins with it, has held", "rank").set(
+            held, labels
+        )
 
 
 @cache

@@ -73,7 +73,7 @@ class Owner:
         while not self._over.wait(REFRESH_SECONDS):
             try:
                 storage.write_bytes(self._place(self._number), self._content(released=False))
-                if self._numbers()[-1] > self._number:
+                if max(self._numbers(), default=0) > self._number:  # none: the folder has just gone
                     self._on_replaced()
             except StorageError:
                 continue  # the next refresh is early enough

@@ -8,6 +8,7 @@ system reports as stopped is at fault in any phase.
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,11 @@ class Bounds:
 
     def patience(self, beats: Sequence[Beat]) -> float:
         """Seconds after which to act: a part of the bound, as it takes a look and a stack more to name the rank."""
-        return 0.7 * max(self.seconds, self.steps * (median_step(beats) or 0.0))
+        return self.after(median_step(beats))
+
+    def after(self, step: float | None) -> float:
+        """`patience`, given the median step."""
+        return 0.7 * max(self.seconds, self.steps * (step or 0.0))
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def overdue(beats: Sequence[Beat], bounds: Bounds) -> list[Beat]:
     """The ranks whose silence is too long, empty while all is well, or while the group is not complete."""
     if not beats or sorted(beat.rank for beat in beats) != list(range(beats[0].world_size)):
         return []
-    patience = bounds.patience(beats)
+    step = median_step(beats)  # once for all: with thousands of ranks it takes a tenth of a second
+    patience = bounds.after(step)
     if stopped := [beat for beat in beats if beat.status == "stopped" and beat.silent > patience]:
         return stopped
     under_way = [beat for beat in beats if beat.phase != "ending" and beat.status != "unreachable"]
@@ -117,7 +123,8 @@ def overdue(beats: Sequence[Beat], bounds: Bounds) -> list[Beat]:
         return []
     hindmost = min(map(position, under_way))
     last = [beat for beat in under_way if position(beat) == hindmost]
-    return [beat for beat in last if beat.quiet > allowance(beat, beats, patience)]
+    allowed = allowance(last[0].phase, beats, patience, step)  # being at one position, they are in one phase
+    return [beat for beat in last if beat.quiet > allowed]
 
 
 def position(beat: Beat) -> tuple[float, int, int]:
@@ -127,12 +134,12 @@ def position(beat: Beat) -> tuple[float, int, int]:
     return (beat.step, PHASES.index(beat.phase), beat.within)
 
 
-def allowance(beat: Beat, beats: Sequence[Beat], patience: float) -> float:
-    """Seconds that a rank may be without a mark where it is."""
-    allowed = ALLOWANCES[beat.phase]
-    if beat.phase in STEPPING:
-        return allowed.first if median_step(beats) is None else patience
-    longest = [other.longest[beat.phase] for other in beats if beat.phase in other.longest]
+def allowance(phase: str, beats: Sequence[Beat], patience: float, step: float | None) -> float:
+    """Seconds that a rank may be without a mark in a phase, given the median step."""
+    allowed = ALLOWANCES[phase]
+    if phase in STEPPING:
+        return allowed.first if step is None else patience
+    longest = [beat.longest[phase] for beat in beats if phase in beat.longest]
     return max(patience, allowed.least, 10 * max(longest)) if longest else allowed.first
 
 
@@ -147,7 +154,8 @@ def accuse(beats: Sequence[Beat], stacks: Mapping[int, Stack], bounds: Bounds) -
     waiting = [beat for beat in beats if _waits(beat, stacks)]
     if not waiting:  # the frames tell nothing, as on a GPU, where the host waits for the device
         waiting = [beat for beat in beats if beat.phase in ("weigh", "settle")]
-    busy = [beat for beat in beats if beat not in waiting]
+    waiters = {beat.rank for beat in waiting}
+    busy = [beat for beat in beats if beat.rank not in waiters]
     if stopped:
         guilty, kind = max(stopped, key=lambda beat: beat.silent), STOPPED
     elif unreachable:
@@ -210,10 +218,21 @@ def slow_ranks(beats: Sequence[Beat], ratio: float = 1.5) -> list[Slow]:
     if len(beats) < 2 or min(len(beat.own) for beat in beats) < RECENT // 2:
         return []
     own, step = {beat.rank: statistics.median(beat.own) for beat in beats}, median_step(beats) or 0.0
+    ordered = sorted(own.values())
     found = []
     for beat in beats:
-        others = statistics.median(seconds for rank, seconds in own.items() if rank != beat.rank)
         mine = own[beat.rank]
+        others = _median_without(ordered, mine)
         if mine > ratio * others and mine - others > step / 10:
             found.append(Slow(beat.rank, beat.host, beat.pid, mine / others if others else float("inf"), mine, others))
     return found
+
+
+def _median_without(ordered: Sequence[float], one: float) -> float:
+    """The median of sorted numbers but one of them."""
+    place, count = bisect_left(ordered, one), len(ordered) - 1
+
+    def rest(index: int) -> float:
+        return ordered[index + (index >= place)]
+
+    return (rest((count - 1) // 2) + rest(count // 2)) / 2

@@ -100,10 +100,13 @@ class RayNodes:
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError
 
+        there: dict[str, list[Beat]] = {}
+        for beat in beats:
+            there.setdefault(beat.node, []).append(beat)
         promises = [
-            sentry.stacks.remote([beat for beat in beats if beat.node == node])
+            sentry.stacks.remote(there[node])
             for node, sentry in self._sentries.items()
-            if node not in self._asked and any(beat.node == node for beat in beats)
+            if node not in self._asked and node in there
         ]
         ray.wait(promises, num_returns=len(promises), timeout=STACKS_SECONDS)
         found: dict[int, Stack] = {}

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raymodels.checkpoint import fragments as live
@@ -36,7 +36,6 @@ def changed(fragment: Fragment, kind: str, tensor: torch.Tensor) -> Fragment:
     return Fragment(fragment.name, fragment.shape, fragment.start, {**fragment.tensors, kind: tensor})
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, NUMEL), max_size=6))
 def test_over_any_cutting_the_sum_is_the_same(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), NUMEL]
@@ -85,7 +84,6 @@ def test_every_exchange_of_two_elements_is_found(kind: str) -> None:
     assert digest(fragment) == expected
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(KINDS), st.integers(0, NUMEL - 1), st.sampled_from(BITS)), min_size=1, unique=True

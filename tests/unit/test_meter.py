@@ -113,15 +113,16 @@ def test_a_phase_tells_its_seconds_with_those_of_the_inner_ones(clock: Clock) ->
 
 
 def test_seconds_add_up_to_wall_time() -> None:
-    phases, start = Phases(), time.perf_counter()
-    taken = 0.0
+    before = time.perf_counter()
+    phases, begun, taken = Phases(), time.perf_counter(), 0.0
     for number in range(200):
         with phases("step"), phases("data"):
             time.sleep(1e-4)
         if number % 50 == 0:
             taken += sum(phases.take().values())
+    end = time.perf_counter()
     taken += sum(phases.take().values())
-    assert taken == pytest.approx(time.perf_counter() - start, rel=0.01)
+    assert end - begun <= taken + 1e-6 and taken - 1e-6 <= time.perf_counter() - before
 
 
 def test_the_heart_hears_of_every_change(tmp_path: Path) -> None:

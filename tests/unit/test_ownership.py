@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -138,15 +139,22 @@ def test_an_owner_refreshes_its_file_also_after_storage_was_away(
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def lead_to(target: Path) -> None:
+        """From one moment to the next, as the refreshing thread looks at any."""
+        (tmp_path / "link").symlink_to(target)
+        (tmp_path / "link").replace(tmp_path / "run" / "owner")
+
+    for folder in ("run", "folder"):
+        (tmp_path / folder).mkdir()
+    lead_to(tmp_path / "folder")
     with Owner(place):
         wait_for_a_refresh()
-        (tmp_path / "run" / "owner").rename(tmp_path / "away")
-        (tmp_path / "run" / "owner").write_text("a file in its place lets nobody write")
+        (tmp_path / "file").write_text("a file in its place lets nobody write")
+        lead_to(tmp_path / "file")
         with pytest.raises(StorageError):
             storage.write_bytes(f"{place}/{FILE}", b"")
         time.sleep(0.1)
-        (tmp_path / "run" / "owner").unlink()
-        (tmp_path / "away").rename(tmp_path / "run" / "owner")
+        lead_to(tmp_path / "folder")
         wait_for_a_refresh()
     assert recorded(place)["released"]
 
@@ -161,3 +169,16 @@ def test_an_owner_that_comes_back_to_find_a_successor_is_told(tmp_path: Path, mo
         assert told.wait(20)
         assert "by process 7 on elsewhere" in str(owner.replaced())
     assert recorded(str(tmp_path)) == successor
+
+
+def test_an_owner_whose_folder_was_deleted_writes_its_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "REFRESH_SECONDS", 0.001)
+    with Owner(str(tmp_path)):
+        for _ in range(100):
+            (tmp_path / "owner").rename(tmp_path / "gone")
+            shutil.rmtree(tmp_path / "gone")
+            deadline = time.monotonic() + 20
+            while not (tmp_path / FILE).exists():
+                assert time.monotonic() < deadline

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raymodels.train import relay as module
-from raymodels.train.relay import Relay, relay
+from raymodels.train.relay import Relay, fullest, relay
 
 
 def report(step: int) -> list[dict[str, Any]]:
@@ -62,3 +62,10 @@ def test_the_file_goes_with_the_context() -> None:
     with relay(lambda _: None) as callback:
         assert isinstance(callback, Relay) and callback._path.exists()
     assert not callback._path.exists()
+
+
+def test_memory_of_many_ranks_is_told_by_groups() -> None:
+    assert fullest([3, 1, 2]) == [3, 1, 2]
+    assert fullest(list(range(64))) == list(range(64))
+    many = fullest(list(range(8000)))
+    assert len(many) == 64 and many[0] == 124 and max(many) == 7999

@@ -106,7 +106,7 @@ def test_shards_make_one_state_again(place: str) -> None:
             assert same_bits(found.read(kind, name, 0, tensor.numel()), tensor)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), ranks=st.integers(1, 5))
 def test_any_range_of_any_cutting_comes_back(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, ranks: int
