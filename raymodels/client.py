@@ -52,12 +52,16 @@ class _Caller(Generic[H]):
         base_url: str = "http://127.0.0.1:8000",
         api_key: str | None = None,
         *,
+        ca: str | None = None,
         timeout: float | httpx.Timeout = TIMEOUT,
         retries: int = 3,
     ) -> None:
         self._retries = retries
         self._http = self._http_kind(
-            base_url=protocol.root_url(base_url), headers=protocol.headers(api_key), timeout=timeout
+            base_url=protocol.root_url(base_url),
+            headers=protocol.headers(api_key),
+            verify=protocol.trusted(ca),
+            timeout=timeout,
         )
 
     def __repr__(self) -> str:
@@ -71,6 +75,7 @@ class Client(_Caller[httpx.Client]):
     Args:
         base_url: the endpoint's address, with or without ``/v1`` at its end.
         api_key: sent as a bearer token; never shown.
+        ca: a PEM file of the only CAs to trust for https; default: those that are publicly trusted.
         timeout: seconds to wait for a connection, and for each next piece of an answer.
         retries: how often to try again after a refused connection or an answer 429 or 503.
     """

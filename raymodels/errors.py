@@ -9,12 +9,15 @@ RaymodelsError                  something the user can act on; the message names
 ├── IntegrityError              a file is missing or differs from its recorded checksum
 ├── RegistryError               a model, version or alias is unknown, or an update lost a race
 ├── ClusterError                the cluster is unreachable or too small
+│   └── ClusterLost             the cluster stopped answering while a job was followed, which may still run
 ├── RunInUse                    another driver is training into the run directory
 ├── TrainingError               a worker failed; names its rank, the cause and the remedy
 │   └── Diverged                the loss is no number or grows; carries what to go back to, if anything
 ├── Stopped                     a run was asked to stop, and did so with all its steps committed
 ├── ServeError                  an endpoint could not be started
-├── JobError                    a submitted job failed or was stopped
+│   └── AdapterError            an adapter is not for its base model, or of a kind that is not served
+├── JobError                    a submitted job failed
+│   └── JobStopped              somebody stopped it
 └── ClientError                 a call to an endpoint did not succeed
     ├── ConnectionFailed        no answer: refused, reset or timed out
     └── StatusError             an HTTP error answer; .status, .kind and .param carry its parts
@@ -68,6 +71,10 @@ class ClusterError(RaymodelsError):
     exit_code = 2
 
 
+class ClusterLost(ClusterError):
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command, given again, goes on where this one was cut off
+
+
 class RunInUse(RaymodelsError):
     exit_code = 2
 
@@ -101,8 +108,16 @@ class ServeError(RaymodelsError):
     pass
 
 
+class AdapterError(ServeError):
+    exit_code = 2
+
+
 class JobError(RaymodelsError):
     pass
+
+
+class JobStopped(JobError):
+    exit_code = 143  # as of `Stopped`
 
 
 class ClientError(RaymodelsError):

@@ -27,6 +27,11 @@ class Entry(TypedDict):
 Entries = dict[str, Entry]
 
 
+def inside(name: str) -> bool:
+    """Whether a relative path leads into the folder that it is joined to, not out of it."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
 def is_committed(place: str) -> bool:
     return storage.exists(storage.join(place, FILE))
 
@@ -56,7 +61,7 @@ def read(place: str) -> Entries:
     What they say, `verify` compares with the files; here every byte must be the one that `commit` writes for them.
 
     Raises:
-        IntegrityError: there is no manifest, or it is not one.
+        IntegrityError: there is no manifest, or it is not one, or names a file that is not in the folder.
         StorageError: it cannot be read.
     """
     if not is_committed(place):
@@ -65,8 +70,10 @@ def read(place: str) -> Entries:
     try:
         content = json.loads(raw)
         entries: Entries = content["files"]
-        for entry in entries.values():
+        for name, entry in entries.items():
             entry["size"], entry["sha256"]
+            if not inside(name):
+                raise ValueError(f"{name!r} is not in its folder")
         if storage.to_json(content) != raw:
             raise ValueError("its white space or order was changed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import email.utils
 import json
 import random
+import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -61,6 +62,20 @@ def headers(api_key: str | None) -> dict[str, str]:
     if not api_key or not all("!" <= character <= "~" for character in api_key):
         raise ConfigError("api_key must be printable ASCII without spaces or line ends (it is not shown here)")
     return {"Authorization": f"Bearer {api_key}"}
+
+
+def trusted(ca: str | None) -> ssl.SSLContext | bool:
+    """What httpx is to verify certificates with.
+
+    Raises:
+        ConfigError: the file holds no certificates.
+    """
+    if ca is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"ca: {ca} is no PEM file of certificates: {error.strerror or error}") from error
 
 
 def only(models: Sequence[Model]) -> str:
@@ -178,11 +193,22 @@ def retry_after(value: str | None) -> float | None:
 def unreachable(error: httpx.TransportError, request: httpx.Request) -> ConnectionFailed:
     """What it means to a user that no answer came."""
     place = f"{request.url.scheme}://{request.url.netloc.decode()}"
+    if untrusted := _untrusted(error):
+        return ConnectionFailed(
+            f"the certificate of {place} is not trusted ({untrusted.verify_message}): give its CA's file as ca"
+        )
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return ConnectionFailed(f"cannot connect to {place} ({error or 'timed out'}): is the endpoint running there?")
     if isinstance(error, httpx.TimeoutException):
         return ConnectionFailed(f"no answer from {place} in time: give the client a longer timeout, or ask for less")
     return ConnectionFailed(f"the connection to {place} broke: {error or type(error).__name__}")
+
+
+def _untrusted(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What OpenSSL said of the server's certificate, if that is the cause."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def wait_before_retry(error: ClientError, attempt: int, retries: int) -> float:
@@ -192,7 +218,7 @@ def wait_before_retry(error: ClientError, attempt: int, retries: int) -> float:
         ClientError: ``error`` itself, where trying again is no use, not safe, or has been done ``retries`` times.
     """
     # Only a connection that was never made is surely without effect: what was sent may have been done.
-    refused = isinstance(error.__cause__, httpx.ConnectError)
+    refused = isinstance(error.__cause__, httpx.ConnectError) and not _untrusted(error)
     asked = error.retry_after if isinstance(error, Overloaded) else None
     if attempt >= retries or not (refused or isinstance(error, Overloaded)) or (asked or 0) > LONGEST_WAIT_S:
         raise error

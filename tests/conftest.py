@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from raymodels.config import Config, validate
+from tests.random_models import random_model
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,28 +80,18 @@ def prepared(tiny: dict[str, Any]) -> str:
 @pytest.fixture(scope="session")
 def tiny_model_dir(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights and the corpus's byte-level BPE, in Hugging Face layout; 256 positions."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = AutoTokenizer.from_pretrained(Path(prepared) / "tokenizer")
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+    return random_model(
+        tmp_path_factory.mktemp("tiny-model"),
+        tokenizer,
+        seed=5,
+        initializer_range=0.02,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

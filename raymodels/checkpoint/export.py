@@ -53,7 +53,7 @@ def export(
         if name.startswith(f"{layout.MODEL}/"):
             (target / storage.name(name)).write_bytes(storage.read_bytes(storage.join(checkpoint.place, name)))
     dtype = dtype or DTYPES[state.precision]
-    config = AutoConfig.from_pretrained(target)
+    config = AutoConfig.from_pretrained(target, trust_remote_code=False)
     config.dtype = dtype
     config.architectures = [_skeleton(config).__class__.__name__]
     config.save_pretrained(target)

@@ -72,6 +72,11 @@ class ModelServeConfig(Section):
 
     model: str = Field(description="NAME, NAME@3 or NAME@alias in the registry")
     served_as: str | None = Field(None, description="the model name that clients use; default: NAME")
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters over this model, in PEFT's format: the model name that clients use for each -> its "
+        "folder (./folder, /folder) or NAME, NAME@3 or NAME@alias in the registry",
+    )
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
     engine: EngineConfig = EngineConfig()
@@ -86,8 +91,12 @@ class HttpConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, lt=65536)
     ingress: Literal["proxy", "direct"] = Field(
-        "proxy", description="clients talk to Ray Serve's proxies, or with less delay to the gateways on the head node"
+        "direct", description="clients talk to the gateways on the head node, or with more delay to Ray Serve's proxies"
     )
+    tls_cert: str | None = Field(
+        None, description="PEM file of the certificate and its chain; with tls_key, https alone is answered"
+    )
+    tls_key: str | None = Field(None, description="PEM file of its key, such as a mounted secret's")
     max_body_bytes: Positive = 8 << 20
     request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
     replica_wait_s: float = Field(
@@ -100,11 +109,23 @@ class HttpConfig(Section):
     max_prompt_tokens: Positive | None = Field(None, description="of all prompts of a request together")
     max_output_tokens: Positive | None = Field(None, description="of one choice; default: what the context leaves")
     max_queue_tokens: Positive = Field(1_000_000, description="in and out, of requests waiting for one model")
-    work_ahead: float = Field(0.25, ge=0, description="sent to a replica beyond max_batch, as a share of it")
+    work_ahead: float = Field(
+        0.25, ge=0, description="without keys_file: sent to a replica beyond max_batch, as a share of it"
+    )
+    reserve: float = Field(
+        0.25, ge=0, lt=1, description="with keys_file: share of max_batch left to tenants who hold no more than that"
+    )
     access_log: bool = Field(True, description="one line of JSON per request on the gateway's stdout")
     otlp_endpoint: str | None = Field(
         None, description="http://HOST:4318 of an OpenTelemetry collector; default: OTEL_EXPORTER_OTLP_ENDPOINT"
     )
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_cert"
+            raise ValueError(f"{missing} is missing: tls_cert and tls_key belong together")
+        return self
 
 
 class ServeConfig(Section):
@@ -117,10 +138,10 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
-        names = [model.public_name for model in self.models]
+        names = [name for model in self.models for name in (model.public_name, *model.adapters)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"models: {', '.join(twice)} is served twice: set served_as")
+            raise ValueError(f"models: {', '.join(twice)} is served twice: set served_as, or rename an adapter")
         return self
 
 

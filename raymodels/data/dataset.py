@@ -19,7 +19,8 @@ import numpy as np
 from raymodels import storage
 from raymodels.data import shards
 from raymodels.data.shards import Int64s, Shard, Tokens
-from raymodels.errors import DataError
+from raymodels.errors import DataError, IntegrityError
+from raymodels.manifest import inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -175,7 +176,7 @@ def open_prepared(place: str) -> Prepared:
 
     Raises:
         DataError: it was not prepared to the end, or by another version of raymodels.
-        IntegrityError: a remote tokenizer's file differs from the manifest.
+        IntegrityError: a remote tokenizer's file differs from the manifest, or that names files outside of the place.
     """
     place = storage.absolute(place)
     if not storage.exists(storage.join(place, MANIFEST)):
@@ -183,12 +184,22 @@ def open_prepared(place: str) -> Prepared:
     manifest = storage.read_json(storage.join(place, MANIFEST))
     if manifest.get("format") != FORMAT:
         raise DataError(f"{place} has format {manifest.get('format')}, not {FORMAT}: prepare it again")
+    _check_names(place, manifest)
     if storage.is_local(place):
         return Prepared(place, manifest, str(storage.local_path(place) / TOKENIZER))
     cache = _cache(manifest)
     for file, sha256 in manifest["tokenizer"]["files"].items():
         shards.fetch(place, posixpath.join(TOKENIZER, file), sha256, cache)
     return Prepared(place, manifest, str(cache / TOKENIZER))
+
+
+def _check_names(place: str, manifest: dict[str, Any]) -> None:
+    """What the manifest names is read, or copied to the cache: none of it may lead elsewhere."""
+    files = [entry["file"] for split in manifest["splits"].values() for entry in split["shards"]]
+    files += manifest.get("tokenizer", {}).get("files", {})
+    for name in [*files, str(manifest["fingerprint"])]:
+        if not inside(name):
+            raise IntegrityError(f"{storage.join(place, MANIFEST)} names {name!r}, which is not in its folder")
 
 
 def _cache(manifest: dict[str, Any]) -> Path:

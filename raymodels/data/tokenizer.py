@@ -90,7 +90,9 @@ def load(source: str, setting: str) -> TokenizerFiles:
 
     place = storage.absolute(source)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(place if storage.exists(place) else source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            place if storage.exists(place) else source, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"{setting}: cannot load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:

@@ -31,7 +31,7 @@ def architecture(model: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: i
             model.arch, vocab_size=vocab_size, bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id, **shape
         )
     try:
-        config = AutoConfig.from_pretrained(model.from_)
+        config = AutoConfig.from_pretrained(model.from_, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.from {model.from_}: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -57,8 +57,10 @@ def construct(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load(directory: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with the weights of a directory or hub id."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+    """A model with the weights of a directory or hub id, from safetensors: pickled weights may be programs."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     model.config.use_cache = False
     return model
 

@@ -1,10 +1,11 @@
 """Which request goes to a model next: a bounded queue in the gateway, fair between tenants.
 
-A model is given as many sequences as its replicas decode together and a few more; the others wait here, where their
-order can still be chosen, instead of in the engine. Every tenant has a line of its own. The next request comes from the
+A model is given as many sequences as its replicas decode together; the others wait here, where their order can still
+be chosen, instead of in the engine. Every tenant has a line of its own. The next request comes from the
 line whose tenant has had the fewest tokens for its priority: start-time fair queueing (Goyal et al., 1996), with
 estimated tokens as the cost, settled with the real ones at the end. So a tenant that asks for little is hardly
-delayed by one that asks for much, and neither idles the model.
+delayed by one that asks for much. The last places are left to tenants who hold no more than those: whoever asks for
+little finds one free at once, instead of when the next long answer of another ends.
 
 A full queue refuses who has most in it: it is the newest request of the longest line that is answered 429, be it
 the one that has just arrived or one that waits.
@@ -31,11 +32,15 @@ LONGEST_RETRY_S = 60
 
 @dataclass(frozen=True)
 class Room:
-    """How much of a model's work this gateway may hold: sequences sent to it, sequences and tokens waiting."""
+    """How much of a model's work this gateway may hold: sequences sent to it, sequences and tokens waiting.
+
+    ``reserved`` places of those ``running`` are for tenants with at most as many.
+    """
 
     running: int
     waiting: int
     tokens: int
+    reserved: int = 0
 
 
 @dataclass(eq=False)
@@ -58,6 +63,8 @@ class Line:
     slots: deque[Slot] = field(default_factory=deque)
     sequences: int = 0
     tokens: int = 0
+    running: int = 0
+    """Sequences at the model."""
 
     def fill(self, room: Room, new: Slot | None = None) -> float:
         """How much of the queue it takes, with a new slot, relative to its priority."""
@@ -89,7 +96,7 @@ class Queue:
         """
         line = self._lines.setdefault(tenant.name, Line(tenant.priority))
         line.priority = tenant.priority
-        if self.waiting or not self._fits(slot):
+        if self.waiting or not self._fits(line, slot):
             self._make_room(line, slot)
         if not line.slots:
             line.served = max(line.served, self._now)
@@ -112,8 +119,7 @@ class Queue:
 
     def leave(self, line: Line, slot: Slot) -> None:
         """Give a slot back that was granted."""
-        self.running -= 1
-        self.running_sequences -= slot.sequences
+        self._run(line, slot, -1)
         line.served += (slot.used_tokens - slot.tokens) / line.priority
         now = asyncio.get_running_loop().time()
         self._moved = self._moved * math.exp((self._moved_at - now) / RATE_S) + slot.used_tokens
@@ -123,8 +129,8 @@ class Queue:
     def dispatch(self) -> None:
         """Grant what there is room for now."""
         while self.waiting:
-            line = min((line for line in self._lines.values() if line.slots), key=lambda line: line.served)
-            if not self._fits(line.slots[0]):
+            line = self._next()
+            if line is None:
                 break
             slot = line.slots.popleft()
             self._count(line, slot, -1)
@@ -132,15 +138,30 @@ class Queue:
                 continue
             self._now = max(self._now, line.served)
             line.served += slot.tokens / line.priority
-            self.running += 1
-            self.running_sequences += slot.sequences
+            self._run(line, slot, 1)
             slot.granted.set_result(None)
         for gauge, value in zip(self._gauges, (self.running, self.waiting, self.waiting_tokens), strict=True):
             gauge.set(value)
 
-    def _fits(self, slot: Slot) -> bool:
+    def _next(self) -> Line | None:
+        """Whose turn it is; of the others, who has a right to what is reserved."""
+        lines = [line for line in self._lines.values() if line.slots]
+        first = min(lines, key=lambda line: line.served)
+        if self._fits(first, first.slots[0]):
+            return first
+        if self.running_sequences >= self._room().running:
+            return None
+        entitled = [line for line in lines if self._reserved(line, line.slots[0])]
+        return min(entitled, key=lambda line: line.served, default=None)
+
+    def _fits(self, line: Line, slot: Slot) -> bool:
         """Whether the model can take it now. One that is too large at any time goes when nothing else runs."""
-        return self.running == 0 or self.running_sequences + slot.sequences <= self._room().running
+        room, running = self._room(), self.running_sequences + slot.sequences
+        return self.running == 0 or running <= room.running - room.reserved or self._reserved(line, slot)
+
+    def _reserved(self, line: Line, slot: Slot) -> bool:
+        room, running = self._room(), self.running_sequences + slot.sequences
+        return running <= room.running and line.running + slot.sequences <= room.reserved
 
     def _make_room(self, line: Line, new: Slot) -> None:
         """Refuse what the queue has no room for, beginning with the longest line. What is alone in it may be larger."""
@@ -160,6 +181,11 @@ class Queue:
         line.slots.remove(slot)
         self._count(line, slot, -1)
         self.dispatch()
+
+    def _run(self, line: Line, slot: Slot, sign: int) -> None:
+        line.running += sign * slot.sequences
+        self.running += sign
+        self.running_sequences += sign * slot.sequences
 
     def _count(self, line: Line, slot: Slot, sign: int) -> None:
         line.sequences += sign * slot.sequences

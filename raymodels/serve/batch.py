@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
+from raymodels.config import EngineConfig
 from raymodels.serve.engine import Alternative, Delta, Finish, GenerateRequest, InvalidRequest, Token
 from raymodels.serve.grammar import Grammars
-from raymodels.serve.kv_cache import KVCache, Row, Segment
-from raymodels.serve.prefix import PrefixCache
+from raymodels.serve.kv_cache import Row, Segment
+from raymodels.serve.packed_model import PackedModel, Work
 from raymodels.serve.release import placed, released
 from raymodels.serve.sampling import Sampler, log_probabilities
 from raymodels.serve.text import Text, TextStream
@@ -65,33 +65,15 @@ class Choice:
 
 
 class Batch:
-    """Sequences decoded together.
+    """Sequences decoded together."""
 
-    Args:
-        model: a transformers causal language model whose attention is `kv_cache.packed_attention`.
-        ends: token ids that end a choice.
-        max_choices: sequences that may run at once.
-        prefill_chunk: prompt tokens in one step.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        cache: KVCache,
-        prefixes: PrefixCache,
-        text: Text,
-        grammars: Grammars,
-        ends: frozenset[int],
-        max_choices: int,
-        prefill_chunk: int,
-    ) -> None:
+    def __init__(self, model: PackedModel, text: Text, grammars: Grammars, config: EngineConfig) -> None:
         self.active: list[Choice] = []
         self.parked: deque[Choice] = deque()
         self.waiting: deque[GenerateRequest] = deque()
         self.tokens_in = self.tokens_out = self.parkings = self.prefix_queries = self.prefix_hits = 0
-        self._model, self._cache, self._prefixes, self._text = model, cache, prefixes, text
-        self._grammars, self._ends = grammars, ends
-        self._max_choices, self._prefill_chunk = max_choices, prefill_chunk
+        self._model, self._cache, self._prefixes = model, model.cache, model.prefixes
+        self._text, self._grammars, self._config = text, grammars, config
 
     @property
     def busy(self) -> bool:
@@ -130,14 +112,14 @@ class Batch:
 
     def _admit(self) -> None:
         """Take in what is parked, then waiting requests in order, each with all its choices, as memory allows."""
-        while self.parked and len(self.active) < self._max_choices:
+        while self.parked and len(self.active) < self._config.max_batch:
             if not self._seat(self.parked[0]):
                 return
             self.parked.popleft()
         while self.waiting and not self.parked:
             request = self.waiting[0]
             taken = len(self.active) + sum(choice.siblings for choice in self.active)
-            if taken + request.n > self._max_choices:
+            if taken + request.n > self._config.max_batch:
                 return
             choice = self._choice(request, index=0)
             choice.siblings = request.n - 1
@@ -161,14 +143,14 @@ class Batch:
             return False
         self.active.append(choice)
         if not choice.scores_prompt and not choice.request.embed:
-            choice.computed = self._prefixes.restore(choice.tokens, choice.row)
+            choice.computed = self._prefixes.restore(choice.tokens, choice.row, choice.request.adapter)
             self.prefix_queries += len(choice.tokens)
             self.prefix_hits += choice.computed
         return True
 
     def _share_out(self) -> list[tuple[Choice, int]]:
         """How many tokens of which choice the next pass computes."""
-        shares, left = [(choice, 1) for choice in self.active if choice.pending == 1], self._prefill_chunk
+        shares, left = [(choice, 1) for choice in self.active if choice.pending == 1], self._config.prefill_chunk
         for choice in self.active:
             if choice.pending > 1 and left > 0:
                 shares.append((choice, min(choice.pending, left)))
@@ -203,31 +185,21 @@ class Batch:
 
     def _forward(self, shares: list[tuple[Choice, int]]) -> torch.Tensor:
         """Logits, shape (wanted, vocabulary), of the positions each share wants: its last ones."""
-        packed = [token for choice, count in shares for token in choice.tokens[choice.computed :][:count]]
-        ends = torch.tensor([count for _, count in shares]).cumsum(0).tolist()
-        wanted = [
-            position
-            for (choice, count), end in zip(shares, ends, strict=True)
-            for position in range(end - self._logits_wanted(choice, count), end)
+        works = [
+            Work(
+                Segment(choice.place, choice.computed, count),
+                choice.tokens[choice.computed :][:count],
+                self._logits_wanted(choice, count),
+                choice.request.adapter,
+            )
+            for choice, count in shares
         ]
-        device = self._cache.device
-        positions = self._cache.plan([Segment(choice.place, choice.computed, count) for choice, count in shares])
         embedding = any(choice.request.embed for choice, _ in shares)
-        output = self._model(
-            input_ids=torch.tensor([packed], device=device),
-            position_ids=positions,
-            use_cache=False,
-            output_hidden_states=embedding,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=device),
-            kv_cache=self._cache,
-        )
-        if embedding:
-            parts = output.hidden_states[-1][0].split([count for _, count in shares])
-            for (choice, _), part in zip(shares, parts, strict=True):
-                if choice.request.embed:
-                    choice.hidden = part.double().sum(0) + (0 if choice.hidden is None else choice.hidden)
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        output = self._model.forward(works, hidden=embedding)
+        for (choice, _), part in zip(shares, output.hidden or (), strict=embedding):
+            if choice.request.embed:
+                choice.hidden = part.double().sum(0) + (0 if choice.hidden is None else choice.hidden)
+        return output.logits
 
     def _score(self, choice: Choice, rows: torch.Tensor, count: int) -> None:
         """Add the log-probabilities of the prompt tokens that follow the computed ones, and of the very first."""
@@ -244,7 +216,7 @@ class Batch:
         if choice.prompt_done:
             return []
         choice.prompt_done = True
-        self._prefixes.keep(choice.tokens, choice.place)
+        self._prefixes.keep(choice.tokens, choice.place, choice.request.adapter)
         siblings = [self._choice(choice.request, index + 1) for index in range(choice.siblings)]
         choice.siblings = 0
         for sibling in siblings:
@@ -273,7 +245,7 @@ class Batch:
             if delta is not None:
                 gains.append((choice.request.id, delta))
             if delta is not None and delta.finish:
-                self._prefixes.keep(choice.tokens[: choice.computed], choice.place)
+                self._prefixes.keep(choice.tokens[: choice.computed], choice.place, choice.request.adapter)
                 self._leave(choice)
         return gains
 
@@ -288,7 +260,7 @@ class Batch:
         choice.tokens.append(id)
         self.tokens_out += 1
         complete = choice.sampler.ends_with(id)
-        if id in self._ends:
+        if id in self._text.ends:
             text = stream.flush()
             if request.logprobs is not None:
                 token = self._token(id, log_probabilities(row), request.logprobs, stream.decoded)

@@ -40,14 +40,16 @@ class Capacity:
     def room(self, model: str) -> Room:
         """This gateway's part of what the model's replicas hold."""
         running = waiting = 0.0
+        ahead, reserve = (0.0, self._http.reserve) if self._http.keys_file else (self._http.work_ahead, 0.0)
         for application in self._table[model].applications:
             engine = self._engines.get(application, EngineConfig())
             replicas = max(1, self._replicas.get(application, 1))
-            running += replicas * engine.max_batch * (1 + self._http.work_ahead)
+            running += replicas * engine.max_batch * (1 + ahead)
             waiting += replicas * engine.max_queue
         gateways = self._http.gateway_replicas
         tokens = math.ceil(self._http.max_queue_tokens / gateways)
-        return Room(math.ceil(running / gateways), math.ceil(waiting / gateways), tokens)
+        places = math.ceil(running / gateways)
+        return Room(places, math.ceil(waiting / gateways), tokens, reserved=min(places - 1, round(places * reserve)))
 
     def running(self, model: str) -> int:
         """Replicas of the model that run, as far as is known."""
@@ -67,6 +69,8 @@ class Capacity:
         """Take over the replicas that run, and why Serve last changed them; whether anything is new."""
         before, self._replicas = self._replicas, {name: replicas for name, (replicas, _) in found.items()}
         for model, route in self._table.items():
+            if route.parent is not None:
+                continue  # its base's replicas are counted as the base's
             replicas = sum(self._replicas.get(application, 0) for application in route.applications)
             if replicas != self._shown.get(model):
                 reasons = [found[application][1] for application in route.applications if application in found]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
@@ -21,10 +22,12 @@ from raymodels.cluster import connect
 from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
 from raymodels.errors import ConfigError, ServeError
 from raymodels.registry import Registry, Version
+from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
 from raymodels.serve.gateway import Gateway
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
+from raymodels.serve.tls import check
 
 GATEWAY = "gateway"
 LOCAL = "127.0.0.1"
@@ -80,26 +83,27 @@ def deploy(config: ServeConfig) -> Endpoint:
     has it already replaces its table, once the new models run; if they do not, what ran before is left as it was.
 
     Raises:
-        ConfigError: ``http.keys_file`` cannot be used.
+        ConfigError: ``http.keys_file`` or the certificate cannot be used.
         ClusterError: the cluster does not answer, or refuses the token.
         RegistryError: a model, version or alias is unknown.
+        AdapterError: an adapter cannot be served over its model; says why.
         IntegrityError: a file of a version differs from its checksum; names it.
         ServeError: the endpoint is not ready within ``start_timeout_s``; says which part and why.
     """
+    http = _http(config)
     versions = {model.public_name: _verified(config, model) for model in config.models}
     targets = [
-        RunTarget(_replicas(config, model, versions[model.public_name]), name=_name(version), route_prefix=None)
+        RunTarget(_replicas(config, model, versions), name=_name(version), route_prefix=None)
         for model, version in zip(config.models, versions.values(), strict=True)
     ]
-    table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
+    table = _table(config, versions)
     engines = {_name(versions[model.public_name]): model.engine for model in config.models}
-    http = _http(config)
     gateway = RunTarget(_gateway(http, table, engines).bind(http), name=GATEWAY, route_prefix="/")
     owns_ray, owns_serve = connect(), not serve.status().proxies
     present = set(serve.status().applications)
     endpoint = Endpoint(
         url=_start_http(http) if owns_serve else _running_url(http),
-        models={name: version.reference for name, version in versions.items()},
+        models={name: versions[route.parent or name].reference for name, route in table.items()},
         applications=[*dict.fromkeys(target.name for target in targets), GATEWAY],
         owns_serve=owns_serve,
         owns_ray=owns_ray,
@@ -129,15 +133,18 @@ def application(args: dict[str, str]) -> serve.Application:
     if args.keys() != {"config"}:
         raise ConfigError(f"args of {__name__}:application must be config alone, not {sorted(args)}")
     config = load(args["config"], root=ServeConfig)
-    table, bound, engines = {}, {}, {}
-    for model in config.models:
-        version = Registry(storage.absolute(config.registry)).resolve(model.model)
-        bound[_name(version)] = _replicas(config, model, version)
-        table[model.public_name] = Route({_name(version): 1.0})
-        engines[_name(version)] = model.engine
+    if config.http.tls_cert is not None:
+        raise ConfigError(
+            "http.tls_cert: KubeRay's Service leads to Serve's proxies, which read ssl_certfile and ssl_keyfile from "
+            "http_options in serveConfigV2: leave it out here, and let the Ingress end TLS"
+        )
+    registry = Registry(storage.absolute(config.registry))
+    versions = {model.public_name: registry.resolve(model.model) for model in config.models}
+    bound = {_name(versions[model.public_name]): _replicas(config, model, versions) for model in config.models}
+    engines = {_name(versions[model.public_name]): model.engine for model in config.models}
     # KubeRay's Service leads to Serve's proxies.
     http = config.http.model_copy(update={"ingress": "proxy"})
-    return _gateway(http).bind(http, table, bound, engines)
+    return _gateway(http).bind(http, _table(config, versions), bound, engines)
 
 
 def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:
@@ -150,8 +157,27 @@ def _name(version: Version) -> str:
     return f"{version.name}--v{version.number}"
 
 
-def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) -> serve.Application:
-    engine, scaling = model.engine, model.autoscaling
+def _table(config: ServeConfig, versions: dict[str, Version]) -> dict[str, Route]:
+    """Model name -> route, of models and of their adapters."""
+    table = {name: Route({_name(version): 1.0}) for name, version in versions.items()}
+    for model in config.models:
+        route = replace(table[model.public_name], parent=model.public_name)
+        table |= dict.fromkeys(model.adapters, route)
+    return table
+
+
+def _adapters(config: ServeConfig, versions: dict[str, Version], version: Version) -> dict[str, str]:
+    """Name -> resolved source of all adapters over a version, each checked. Models of one version share replicas."""
+    registry = Registry(storage.absolute(config.registry))
+    models = [model for model in config.models if _name(versions[model.public_name]) == _name(version)]
+    found = {name: resolved(source, registry) for model in models for name, source in model.adapters.items()}
+    check_all(found, registry, version)
+    return found
+
+
+def _replicas(config: ServeConfig, model: ModelServeConfig, versions: dict[str, Version]) -> serve.Application:
+    engine, scaling, version = model.engine, model.autoscaling, versions[model.public_name]
+    adapters = _adapters(config, versions, version)
     threads = engine.threads or max(1, int(model.cpus))
     deployment = ModelDeployment.options(
         name=_name(version),
@@ -165,10 +191,16 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, version: Version) ->
         max_ongoing_requests=2 * (engine.max_batch + engine.max_queue),
         max_queued_requests=engine.max_queue,
         autoscaling_config=serve_settings(scaling),
-        version=_digest(storage.absolute(config.registry), version.reference, engine.model_dump_json(), threads),
+        version=_digest(
+            storage.absolute(config.registry),
+            version.reference,
+            engine.model_dump_json(),
+            threads,
+            sorted((name, fingerprint(source)) for name, source in adapters.items()),
+        ),
         _internal=True,
     )
-    return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads)
+    return deployment.bind(storage.absolute(config.registry), version.reference, engine, threads, adapters)
 
 
 def _digest(*arguments: object) -> str:
@@ -198,13 +230,16 @@ def _gateway(
 
 
 def _http(config: ServeConfig) -> HttpConfig:
-    """The settings with a port for the gateway, and with a keys file that all find and in which nothing is wrong."""
+    """The settings with a port for the gateway, and with files that all find and in which nothing is wrong."""
     changes: dict[str, Any] = {}
     if config.http.ingress == "direct":
         changes["port"] = config.http.port or _free_port(config.http.host)
     if config.http.keys_file is not None:
         changes["keys_file"] = storage.absolute(config.http.keys_file)
         load(changes["keys_file"], root=KeysConfig)
+    if config.http.tls_cert is not None and config.http.tls_key is not None:
+        changes |= {name: str(Path(getattr(config.http, name)).absolute()) for name in ("tls_cert", "tls_key")}
+        check(changes["tls_cert"], changes["tls_key"])
     return config.http.model_copy(update=changes)
 
 
@@ -218,8 +253,11 @@ def _start_http(http: HttpConfig) -> str:
     direct = http.ingress == "direct"
     host, port = (LOCAL, _free_port(LOCAL)) if direct else (http.host, http.port or _free_port(http.host))
     # The gateway ends a request on time, with an answer in the right shape; the proxy only in case it could not.
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30})
-    return _url(http.host, http.port if direct else port)
+    options = {"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30}
+    if not direct and http.tls_cert is not None:
+        options |= {"ssl_keyfile": http.tls_key, "ssl_certfile": http.tls_cert}
+    serve.start(http_options=options)
+    return _url(http.host, http.port if direct else port, http.tls_cert is not None)
 
 
 def _shut_down_serve() -> None:
@@ -243,13 +281,15 @@ def _controller_lives() -> bool:
 
 def _running_url(http: HttpConfig) -> str:
     if http.ingress == "direct":
-        return _url(http.host, http.port)
+        return _url(http.host, http.port, http.tls_cert is not None)
     options = serve.context._get_global_client().http_config
-    return _url(options.host, options.port)
+    if http.tls_cert is not None and not options.ssl_certfile:
+        raise ServeError("http.tls_cert: the Serve that runs here speaks plain HTTP: end it first, with serve shutdown")
+    return _url(options.host, options.port, bool(options.ssl_certfile))
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+def _url(host: str, port: int, tls: bool) -> str:
+    return f"http{'s' if tls else ''}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def _free_port(host: str) -> int:

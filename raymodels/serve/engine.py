@@ -6,14 +6,18 @@ deltas in order, and its place freed within one step once nobody listens.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Literal
 
 from raymodels.errors import RaymodelsError
 from raymodels.serve.text import Text
 
 Finish = Literal["stop", "length"]
+NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 
 
 class InvalidRequest(RaymodelsError):
@@ -69,6 +73,7 @@ class GenerateRequest:
         grammar: what every choice's text must match.
         priority: requests of a higher one leave the queue first.
         embed: the prompt's embedding comes with the last delta.
+        adapter: the name of the one that is added to the model; none for the model alone.
     """
 
     id: str
@@ -82,6 +87,7 @@ class GenerateRequest:
     grammar: Grammar | None = None
     priority: int = 0
     embed: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,7 @@ class EngineStats:
     kv_usage: float = 0.0
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """What the layers above may ask of any engine."""
 
     context: int
@@ -152,6 +158,7 @@ class Engine(Protocol):
     text: Text
     """The model's tokenizer."""
 
+    @abstractmethod
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Queue a request now; its deltas follow until every choice has finished. Closing the iterator aborts it.
 
@@ -160,33 +167,54 @@ class Engine(Protocol):
             QueueFull: it could be later.
         """
 
-    async def embed(self, tokens: list[int]) -> list[float]:
+    @abstractmethod
+    def compile(self, grammar: Grammar) -> None:
+        """Compile a grammar ahead, in any thread: `generate` would do so itself, while nothing else goes on.
+
+        Raises:
+            InvalidRequest: it cannot be compiled; says why.
+        """
+
+    @abstractmethod
+    async def embed(self, tokens: list[int], adapter: str | None = None) -> list[float]:
         """The mean of the last layer's hidden states over a text's tokens, scaled to length 1.
 
         Raises:
             InvalidRequest, QueueFull: as `generate`.
         """
 
-    async def score(self, tokens: list[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it."""
+    async def score(self, tokens: list[int], adapter: str | None = None) -> list[float]:
+        """The log-probability of each token but the first, given those before it; raises as `generate`."""
+        id = f"score-{uuid.uuid4().hex}"
+        request = GenerateRequest(id, tokens, max_tokens=0, prompt_logprobs=0, adapter=adapter)
+        deltas = [delta async for delta in self.generate(request)]
+        return [token.logprob for delta in deltas for token in delta.prompt if token.logprob is not None]
 
+    @abstractmethod
     def abort(self, id: str) -> None:
         """Give up a request and free its place within one step; does nothing if it has ended."""
 
+    @abstractmethod
     def stats(self) -> EngineStats: ...
 
+    @abstractmethod
     def check(self) -> None:
         """Raise what ended the engine, if it has ended."""
 
+    @abstractmethod
     def close(self) -> None:
         """End the engine; requests in flight fail."""
 
 
-def validate(request: GenerateRequest, context: int, vocabulary: int, max_batch: int) -> None:
+def validate(
+    request: GenerateRequest, context: int, vocabulary: int, max_batch: int, adapters: Collection[str]
+) -> None:
     """
     Raises:
         InvalidRequest: an engine with these bounds can never serve it.
     """
+    if request.adapter is not None and request.adapter not in adapters:
+        raise InvalidRequest(f"there is no adapter {request.adapter!r}", "model", "model_not_found")
     prompt, total = len(request.tokens), len(request.tokens) + request.max_tokens
     if not prompt:
         raise InvalidRequest("the prompt is empty, and this model has no token that a text starts with", "prompt")

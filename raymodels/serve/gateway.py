@@ -40,6 +40,7 @@ from raymodels.serve.schema import (
     read_embedding,
     read_tokenize,
 )
+from raymodels.serve.tls import certificate
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _listen(app: FastAPI) -> Listener | None:
     while (gateway := serve.get_replica_context().servable_object) is None:
         await asyncio.sleep(0.01)
-    return Listener(app, gateway.port) if gateway.port else None
+    return Listener(app, gateway.port, gateway.certificate) if gateway.port else None
 
 
 app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -151,6 +152,7 @@ class Gateway:
         self._engines = dict(engines or {})
         self._routes = Routes(dict(table or {}), dict(bound or {}), http.replica_wait_s)
         self.port = shared_port(http.host, http.port) if http.ingress == "direct" else None
+        self.certificate = certificate(http) if self.port else None
         self.front = Front(http)
         self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
@@ -177,7 +179,8 @@ class Gateway:
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        await asyncio.gather(*(self._show_engine(model) for model in self._routes.table))
+        models = {self._routes.base(name) for name in self._routes.table}
+        await asyncio.gather(*(self._show_engine(model) for model in models))
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
@@ -243,7 +246,7 @@ class Gateway:
 
     def _waiting(self, model: str) -> Waiting:
         """What waits for a model at all gateways, if it is the same at each."""
-        queue, gateways = self._admission.queue(model), self._http.gateway_replicas
+        queue, gateways = self._admission.queue(self._routes.base(model)), self._http.gateway_replicas
         return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens)
 
     async def _about(self, model: str) -> Description | None:
@@ -266,8 +269,9 @@ class Gateway:
         name = self._routes.only() if model is None else model
         self._check(visit, name)
         work = (estimated_tokens(visit.body_bytes, *args), sequences(*args)) if method == "embed" else (0, 0)
-        await visit.hold(self._admission.slot(visit.tenant, name, *work, visit.deadline))
-        return await self._routes.ask(name, method, *args, deadline=visit.deadline)
+        await visit.hold(self._admission.slot(visit.tenant, self._routes.base(name), *work, visit.deadline))
+        adapter = (self._routes.adapter(name),) if method == "embed" else ()
+        return await self._routes.ask(name, method, *args, *adapter, deadline=visit.deadline)
 
     def _check(self, visit: Visit, model: str) -> None:
         """Raises `Refused`: 403, this tenant may not call this model; 404, there is none."""
@@ -284,6 +288,7 @@ class Gateway:
             "created": about.published_unix_seconds,
             "owned_by": "raymodels",
             "root": about.reference,
+            "parent": self._routes.table[model].parent,
             "max_model_len": about.context,
             "has_chat_template": about.has_chat_template,
         }
@@ -294,7 +299,8 @@ class Gateway:
         self._check(visit, request.model)
         request = limited(request, visit.tenant, self._http)
         tokens = estimated_tokens(visit.body_bytes, request)
-        await visit.hold(self._admission.slot(visit.tenant, request.model, tokens, sequences(request), visit.deadline))
+        base = self._routes.base(request.model)  # adapters take turns with the model that they share replicas with
+        await visit.hold(self._admission.slot(visit.tenant, base, tokens, sequences(request), visit.deadline))
         call = await self._routes.call(request, visit.deadline, self._waiting(request.model))
         visit.at_end(call.cancel)
         visit.usage = call.usage

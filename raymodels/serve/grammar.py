@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from raymodels.serve.text import Text
 
 # JSON allows white space without end, and some models would write nothing else. So it is written as most write it.
 JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
+KEPT = 64
+"""Compiled grammars that are kept for the next request that brings the same one."""
 
 
 class Grammars:
@@ -21,41 +23,43 @@ class Grammars:
 
     Args:
         vocabulary: columns of the model's logits; there may be more of them than tokens.
-        ends: token ids that end a text.
     """
 
-    def __init__(self, text: Text, vocabulary: int, ends: frozenset[int]) -> None:
-        self._text, self._vocabulary, self._ends = text, vocabulary, ends
+    def __init__(self, text: Text, vocabulary: int) -> None:
+        self._text, self._vocabulary = text, vocabulary
+        self._compiled = lru_cache(maxsize=KEPT)(self._compile)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         """Takes about a second for a large vocabulary, so only the first constrained request waits for it."""
         backend = self._text.backend
-        ends = sorted(self._ends) or None
+        ends = sorted(self._text.ends) or None
         return LLTokenizer(backend.to_str(), n_vocab=self._vocabulary, eos_token=ends)
 
-    def check(self, grammar: Grammar) -> None:
-        """
+    def compile(self, grammar: Grammar) -> None:
+        """Compile a grammar that `matcher` will be asked for. Takes long for large ones, without holding the GIL.
+
         Raises:
             InvalidRequest: it cannot be compiled; says why.
         """
         self._compiled(grammar)
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A new text's matcher."""
-        return Matcher(LLMatcher(self._tokenizer, self._compiled(grammar), log_level=0), self._vocabulary)
+        """A new text's matcher; raises as `compile`."""
+        return Matcher(self._compiled(grammar).deep_copy(), self._vocabulary)
 
-    def _compiled(self, grammar: Grammar) -> str:
+    def _compile(self, grammar: Grammar) -> LLMatcher:
         try:
             if grammar.kind == "json_schema":
-                compiled = str(LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON))
+                rules = LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON)
             else:
-                compiled = str(LLMatcher.grammar_from_lark(grammar.text))
+                rules = LLMatcher.grammar_from_lark(grammar.text)
         except ValueError as error:
             raise _unusable(grammar, str(error)) from error
-        if problem := LLMatcher.validate_grammar(compiled, self._tokenizer):
-            raise _unusable(grammar, problem)
-        return compiled
+        matcher = LLMatcher(self._tokenizer, rules, log_level=0)
+        if matcher.is_error():
+            raise _unusable(grammar, matcher.get_error())
+        return matcher
 
 
 class Matcher:

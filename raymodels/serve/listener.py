@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raymodels.errors import ServeError
+from raymodels.serve.tls import Certificate
 
 KEEP_ALIVE_S = 90
 DRAIN_S = 15
@@ -16,9 +17,9 @@ DRAIN_S = 15
 
 
 class Listener:
-    """Answers on a port from now on."""
+    """Answers on a port from now on: https with a certificate, else http."""
 
-    def __init__(self, app: ASGIApp, port: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, port: socket.socket, certificate: Certificate | None = None) -> None:
         config = uvicorn.Config(
             Leaving(app),
             lifespan="off",
@@ -26,14 +27,19 @@ class Listener:
             log_config=None,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_S,
+            ssl_context_factory=None if certificate is None else lambda _, __: certificate.context,
         )
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve([port]))
+        loop = asyncio.get_running_loop()
+        self._serving = loop.create_task(self._server.serve([port]))
+        self._renewing = loop.create_task(certificate.watch()) if certificate else None
 
     async def drain(self) -> None:
         """Take no more connections, and wait for the requests in flight."""
         self._server.should_exit = True
         await self._serving
+        if self._renewing:
+            self._renewing.cancel()
 
 
 def shared_port(host: str, port: int) -> socket.socket:

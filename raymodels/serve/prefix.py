@@ -1,6 +1,7 @@
 """Keys and values of beginnings that were computed before: system prompts, examples, earlier turns of a conversation.
 
 Kept in blocks of tokens, each under its tokens and the block before it, as vLLM does; the least recently used go first.
+The first block of a text is under its adapter instead: what one has computed is of no use to another.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class PrefixCache:
 
     def __init__(self, cache: KVCache, positions: int) -> None:
         self._cache, self._most = cache, positions // BLOCK
-        self._blocks: OrderedDict[tuple[int, tuple[int, ...]], _Block] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int | str | None, tuple[int, ...]], _Block] = OrderedDict()
         self._ids = count(1)
 
     @property
@@ -37,20 +38,20 @@ class PrefixCache:
         """Positions held."""
         return len(self._blocks) * BLOCK
 
-    def restore(self, tokens: list[int], row: Row) -> int:
+    def restore(self, tokens: list[int], row: Row, adapter: str | None = None) -> int:
         """Fill a row with what is known of a text's beginning; returns how many tokens that are.
 
         At least one token is left over: its logits say what comes next, and only keys and values are kept.
         """
-        found = self._chain(tokens[: len(tokens) - 1])
+        found = self._chain(tokens[: len(tokens) - 1], adapter)
         if found:
             self._cache.write_back(row, torch.cat([block.stored for block in found], dim=3))
         return len(found) * BLOCK
 
-    def keep(self, tokens: list[int], row: Row) -> None:
+    def keep(self, tokens: list[int], row: Row, adapter: str | None = None) -> None:
         """Remember the whole blocks of a text whose keys and values are in a row."""
-        known = self._chain(tokens)
-        parent = known[-1].id if known else 0
+        known = self._chain(tokens, adapter)
+        parent = known[-1].id if known else adapter
         for begin in range(len(known) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
             if not self._make_room():
                 return
@@ -62,9 +63,10 @@ class PrefixCache:
         """Forget everything, for memory."""
         self._blocks.clear()
 
-    def _chain(self, tokens: list[int]) -> list[_Block]:
+    def _chain(self, tokens: list[int], adapter: str | None) -> list[_Block]:
         """The known blocks that a text begins with."""
-        keys, found, parent = [], [], 0
+        keys, found = [], list[_Block]()
+        parent: int | str | None = adapter
         for begin in range(0, len(tokens) - BLOCK + 1, BLOCK):
             key = parent, tuple(tokens[begin : begin + BLOCK])
             if (block := self._blocks.get(key)) is None:

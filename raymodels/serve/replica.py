@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
+from raymodels.serve.adapter_sources import fetched
 from raymodels.serve.answers import token_name
-from raymodels.serve.engine import Delta, Engine, EngineStats, InvalidRequest, QueueFull
+from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.pace import Pace
@@ -96,18 +97,28 @@ class Replica:
         registry: where the version is.
         reference: NAME@3, resolved, so that every replica of a deployment serves the same.
         threads: CPU threads of the engine.
+        adapters: name -> resolved source.
 
     Raises:
+        AdapterError: an adapter cannot be used with the model; says why.
         IntegrityError: a file differs from its recorded checksum; names it.
         RegistryError: there is no such version.
         ServeError: the model cannot be served.
     """
 
-    def __init__(self, registry: str, reference: str, engine: EngineConfig, threads: int) -> None:
+    def __init__(
+        self,
+        registry: str,
+        reference: str,
+        engine: EngineConfig,
+        threads: int,
+        adapters: Mapping[str, str] = NO_ADAPTERS,
+    ) -> None:
         self._version: Version = Registry(registry).resolve(reference)
         folder = self._version.fetch()
-        self._engine: Engine = open_engine(folder, engine, threads)
-        self._dimensions = int(AutoConfig.from_pretrained(folder).hidden_size)
+        folders = {name: fetched(source, Registry(registry)) for name, source in adapters.items()}
+        self._engine: Engine = open_engine(folder, engine, threads, folders)
+        self._dimensions = int(AutoConfig.from_pretrained(folder, trust_remote_code=False).hidden_size)
         self._choices = engine.max_batch
         self._load = LoadMeter()
         self._pace = Pace()
@@ -115,7 +126,9 @@ class Replica:
             self._engine.text, self._version.reference, self._engine.context, engine.max_batch + engine.max_queue
         )
 
-    async def generate(self, request: Request, waiting: Waiting = NOBODY) -> AsyncIterator[Item]:
+    async def generate(
+        self, request: Request, waiting: Waiting = NOBODY, adapter: str | None = None
+    ) -> AsyncIterator[Item]:
         """Answer one request: `Accepted` and then lists of deltas, or a single `Problem`.
 
         Deltas of several prompts are numbered through: choice ``c`` of prompt ``p`` is ``p * n + c``. Closing the
@@ -123,7 +136,7 @@ class Replica:
         """
         self._load.held(waiting.sequences, waiting.tokens)
         try:
-            parts = self._translator.parts(request)
+            parts = self._translator.parts(request, adapter)
         except Refused as refused:
             yield refused.problem
             return
@@ -131,6 +144,8 @@ class Replica:
         self._load.arrived(choices)
         try:
             try:
+                if parts[0].grammar:
+                    await asyncio.to_thread(self._engine.compile, parts[0].grammar)
                 streams = [self._engine.generate(part) for part in parts]
             except (InvalidRequest, QueueFull) as error:
                 yield _problem(error, request)
@@ -153,13 +168,13 @@ class Replica:
             for part in parts:
                 self._engine.abort(part.id)
 
-    async def embed(self, request: EmbeddingRequest) -> Embedded | Problem:
+    async def embed(self, request: EmbeddingRequest, adapter: str | None = None) -> Embedded | Problem:
         """The vectors of one or several texts."""
         try:
             if request.dimensions not in (None, self._dimensions):
                 raise refused(f"dimensions: this model has {self._dimensions} and no other", "dimensions")
             inputs = self._translator.inputs(request)
-            vectors = await asyncio.gather(*(self._engine.embed(tokens) for tokens in inputs))
+            vectors = await asyncio.gather(*(self._engine.embed(tokens, adapter) for tokens in inputs))
         except Refused as error:
             return error.problem
         except (InvalidRequest, QueueFull) as error:
@@ -238,7 +253,8 @@ def _problem(error: InvalidRequest | QueueFull, request: Wire) -> Problem:
         field = {ChatRequest: "messages", EmbeddingRequest: "input"}.get(type(request), field)
     elif field == "grammar" and isinstance(request, ChatRequest):
         field = "response_format" if request.json_schema is not None and not request.callable_tools else "tools"
-    return Problem(status=400, message=str(error), param=field, code=error.code)
+    status = 404 if error.code == "model_not_found" else 400
+    return Problem(status=status, message=str(error), param=field, code=error.code)
 
 
 def _shifted(delta: Delta, offsets: list[int]) -> Delta:

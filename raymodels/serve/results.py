@@ -206,6 +206,7 @@ class ModelInfo(Result):
     created: Count
     owned_by: str
     root: str
+    parent: str | None
     max_model_len: Count
     has_chat_template: bool
 

@@ -28,10 +28,14 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Route:
-    """Where a model name leads: application -> its share of requests, and one that sees a copy of them."""
+    """Where a model name leads: application -> its share of requests, and one that sees a copy of them.
+
+    An adapter's name has that of its base as ``parent``, and leads to the base's applications.
+    """
 
     applications: dict[str, float]
     shadow: str | None = None
+    parent: str | None = None
 
     def choose(self) -> str:
         names, weights = zip(*self.applications.items(), strict=True)
@@ -68,7 +72,8 @@ class Routes:
             Refused: by the table, by the replica, or because none takes it in time.
         """
         handle = await self._handle(self._route(request.model).choose())
-        call = Call(lambda: handle.options(stream=True).generate.remote(request, waiting), deadline, self.wait_s)
+        asked = (request, waiting, self.adapter(request.model))
+        call = Call(lambda: handle.options(stream=True).generate.remote(*asked), deadline, self.wait_s)
         try:
             await call.accept()
         except BaseException:
@@ -119,6 +124,14 @@ class Routes:
                 if state.replica_states.get("RUNNING", 0) > 0:
                     running |= {name, deployment}
         return sorted(model for model, route in self.table.items() if not running & route.applications.keys())
+
+    def base(self, model: str) -> str:
+        """The model whose replicas answer for a name: another one's if it is an adapter."""
+        return self._route(model).parent or model
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that replicas are asked for by a name; none for a model itself."""
+        return model if self._route(model).parent else None
 
     def check(self, model: str) -> None:
         """Raises `Refused`, 404, if there is no such model."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raymodels.errors import ServeError
 
@@ -18,11 +20,14 @@ CONTEXT = 8
 class Text:
     """A model's tokenizer.
 
+    Args:
+        ends: token ids that end a text; the tokenizer's own unless given.
+
     Raises:
         ServeError: the tokenizer has no `tokenizers` backend, which decoding token by token needs.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, ends: Iterable[int] | None = None) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ServeError(f"{type(tokenizer).__name__} is a slow tokenizer: export the model with a tokenizer.json")
@@ -31,6 +36,20 @@ class Text:
         self._byte_level = "ByteLevel" in repr(backend.decoder)
         self._special = set(tokenizer.all_special_ids)
         self.size = len(tokenizer)
+        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self.ends = frozenset(own if ends is None else ends)
+
+    @classmethod
+    def of(cls, model_dir: str) -> Self:
+        """The tokenizer of a directory in Hugging Face layout, with the ends that its generation config names."""
+        try:
+            settings = GenerationConfig.from_pretrained(model_dir)
+        except OSError:
+            config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+            settings = GenerationConfig.from_model_config(config)
+        ends = settings.eos_token_id
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        return cls(tokenizer, [ends] if isinstance(ends, int) else ends)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -82,11 +101,6 @@ class Text:
             if token is not None:
                 return int(token)
         return None
-
-    @property
-    def end(self) -> int | None:
-        token = self._tokenizer.eos_token_id
-        return None if token is None else int(token)
 
     def raw(self, id: int) -> bytes:
         """The bytes that a token stands for; they may be part of a character."""

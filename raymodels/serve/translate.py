@@ -43,8 +43,8 @@ class Translator:
     context: int
     max_choices: int
 
-    def parts(self, request: Request) -> list[GenerateRequest]:
-        """One engine request per prompt.
+    def parts(self, request: Request, adapter: str | None) -> list[GenerateRequest]:
+        """One engine request per prompt, for an adapter of the model or for the model alone.
 
         Raises:
             Refused: 400, names the field.
@@ -53,7 +53,7 @@ class Translator:
         if len(prompts) * request.n > self.max_choices:
             message = f"{len(prompts)} prompts with n {request.n} are over the {self.max_choices} choices held at once"
             raise refused(f"{message}: send fewer", "prompt" if isinstance(request, CompletionRequest) else "n")
-        return [self._part(request, tokens) for tokens in prompts]
+        return [self._part(request, tokens, adapter) for tokens in prompts]
 
     def tokens(self, request: TokenizeRequest | TokenizeChatRequest) -> list[int]:
         """The token ids that a tokenizer route is asked for; raises as `parts`."""
@@ -84,7 +84,7 @@ class Translator:
         """The text of each prompt."""
         return [each if isinstance(each, str) else self.text.decode(each) for each in request.prompts]
 
-    def _part(self, request: Request, tokens: list[int]) -> GenerateRequest:
+    def _part(self, request: Request, tokens: list[int], adapter: str | None) -> GenerateRequest:
         room = self.context - len(tokens)
         if isinstance(request, ChatRequest):
             max_tokens = request.max_completion_tokens or request.max_tokens or max(1, room)
@@ -104,6 +104,7 @@ class Translator:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            adapter=adapter,
         )
 
     def _sampling(self, request: Request) -> Sampling:

@@ -10,73 +10,70 @@ import asyncio
 import contextlib
 import os
 import threading
-import uuid
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, TypeVar, get_args
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
+from raymodels.serve.adapters import check_adapter, highest_rank
 from raymodels.serve.engine import (
+    NO_ADAPTERS,
     Alternative,
     Delta,
+    Engine,
     EngineStats,
     Finish,
     GenerateRequest,
+    Grammar,
     InvalidRequest,
-    QueueFull,
     Token,
     validate,
 )
 from raymodels.serve.grammar import Grammars
+from raymodels.serve.listeners import Listeners
 from raymodels.serve.release import placed, released
 from raymodels.serve.text import Text, TextStream
 
 T = TypeVar("T")
 
 
-@dataclass
-class _Listener:
-    """Where a request's deltas go: a queue of the event loop that asked."""
-
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Delta | Exception]
-    choices: int
-    tasks: list[Any]
-
-    def put(self, item: Delta | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # whoever asked has gone with its loop
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-
-
-class VllmEngine:
+class VllmEngine(Engine):
     """Serves a directory in Hugging Face layout by vLLM, in an event loop of its own.
+
+    Args:
+        threads: CPU threads that vLLM computes with.
+        adapters: name -> folder in PEFT's format.
 
     Raises:
         ServeError: vLLM is not installed, or cannot serve the directory; says why.
     """
 
-    def __init__(self, model_dir: str, config: EngineConfig, threads: int = 1) -> None:
+    def __init__(
+        self, model_dir: str, config: EngineConfig, threads: int = 1, adapters: Mapping[str, str] = NO_ADAPTERS
+    ) -> None:
         if config.quantization != "none":
             raise ServeError("engine.quantization is for engine.kind transformers: vLLM reads it from the model itself")
-        self.text = Text(AutoTokenizer.from_pretrained(model_dir))
+        for name, folder in adapters.items():
+            check_adapter(name, folder, model_dir)
+        self.text = Text.of(model_dir)
         self._config = config
-        shape = AutoConfig.from_pretrained(model_dir)
+        shape = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
         self._vocabulary = int(shape.vocab_size)
-        self._ends = _ends(model_dir, self.text)
-        self._grammars = Grammars(self.text, self._vocabulary, self._ends)
-        self._listeners: dict[str, _Listener] = {}
-        self._lock = threading.Lock()
+        self._grammars = Grammars(self.text, self._vocabulary)
+        self._listeners = Listeners(config.max_batch + config.max_queue, self.abort)
+        self._tasks: dict[str, list[Future[None]]] = {}
+        self._adapters = _lora_requests(adapters)
         self._tokens_in = self._tokens_out = 0
-        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._run(_start(model_dir, config, threads))
+            self._llm = self._run(_start(model_dir, config, threads, adapters))
         except Exception as error:
             self._stop()
             raise ServeError(f"vLLM cannot serve {model_dir}: {error}") from error
@@ -84,60 +81,45 @@ class VllmEngine:
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """See `Engine.generate`."""
-        validate(request, self.context, self._vocabulary, self._config.max_batch)
+        validate(request, self.context, self._vocabulary, self._config.max_batch, self._adapters)
         if request.grammar:
-            self._grammars.check(request.grammar)
+            self._grammars.compile(request.grammar)
         self.check()
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue(), request.n, [])
-        with self._lock:
-            in_flight = sum(each.choices for each in self._listeners.values())
-            if in_flight + request.n > self._config.max_batch + self._config.max_queue:
-                raise QueueFull(f"{in_flight} choices are running or queued, and no more may be: try again later")
-            self._listeners[request.id] = listener
-            self._tokens_in += len(request.tokens)
-        for index in range(request.n):
-            follow = self._follow(request, index, listener)
-            listener.tasks.append(asyncio.run_coroutine_threadsafe(follow, self._loop))
-        return self._deltas(request.id, listener)
+        deltas = self._listeners.add(request)
+        self._tokens_in += len(request.tokens)
+        follows = (self._follow(request, index) for index in range(request.n))
+        self._tasks[request.id] = [asyncio.run_coroutine_threadsafe(follow, self._loop) for follow in follows]
+        return deltas
 
-    async def embed(self, tokens: list[int]) -> list[float]:
+    def compile(self, grammar: Grammar) -> None:
+        """See `Engine.compile`; vLLM compiles what has passed again, in a process of its own."""
+        self._grammars.compile(grammar)
+
+    async def embed(self, tokens: list[int], adapter: str | None = None) -> list[float]:
         """See `Engine.embed`; vLLM generates or embeds, not both."""
         raise InvalidRequest("vLLM serves no embeddings of this model: set engine.kind to transformers", "model")
 
-    async def score(self, tokens: list[int]) -> list[float]:
-        """See `Engine.score`."""
-        request = GenerateRequest(f"score-{uuid.uuid4().hex}", tokens, max_tokens=0, prompt_logprobs=0)
-        deltas = [delta async for delta in self.generate(request)]
-        return [token.logprob for delta in deltas for token in delta.prompt if token.logprob is not None]
-
     def abort(self, id: str) -> None:
         """See `Engine.abort`."""
-        with self._lock:
-            listener = self._listeners.pop(id, None)
-        for task in listener.tasks if listener else ():
-            task.cancel()  # vLLM aborts a request whose generator is closed
+        if self._listeners.remove(id):
+            for task in self._tasks.pop(id):
+                task.cancel()  # vLLM aborts a request whose generator is closed
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
-        with self._lock:
-            in_flight = sum(each.choices for each in self._listeners.values())
-        running = min(in_flight, self._config.max_batch)
-        return EngineStats(running, in_flight - running, self._tokens_in, self._tokens_out)
+        choices = self._listeners.choices
+        running = min(choices, self._config.max_batch)
+        return EngineStats(running, choices - running, self._tokens_in, self._tokens_out)
 
     def check(self) -> None:
         """See `Engine.check`."""
-        if self._closed:
-            raise ServeError("the engine is closed")
+        self._listeners.check()
         if self._llm.errored:
             raise ServeError(f"vLLM has failed: {self._llm.dead_error}")
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._closed = True
-        with self._lock:
-            listeners = list(self._listeners.values())
-        for listener in listeners:
-            listener.put(ServeError("the engine was closed"))
+        self._listeners.fail(ServeError("the engine is closed"))
         self._loop.call_soon_threadsafe(self._llm.shutdown)
         self._stop()
 
@@ -149,24 +131,12 @@ class VllmEngine:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _deltas(self, id: str, listener: _Listener) -> AsyncIterator[Delta]:
-        unfinished = listener.choices
-        try:
-            while unfinished:
-                item = await listener.queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                unfinished -= item.finish is not None
-                yield item
-        finally:
-            self.abort(id)
-
-    async def _follow(self, request: GenerateRequest, index: int, listener: _Listener) -> None:
+    async def _follow(self, request: GenerateRequest, index: int) -> None:
         try:
             async for delta in self._choice(request, index):
-                listener.put(delta)
+                self._listeners.put([(request.id, delta)])
         except Exception as error:
-            listener.put(ServeError(f"vLLM has failed: {error}"))
+            self._listeners.put([(request.id, ServeError(f"vLLM has failed: {error}"))])
 
     async def _choice(self, request: GenerateRequest, index: int) -> AsyncIterator[Delta]:
         stream, unsent, generated = TextStream(self.text, request.tokens, request.stop), list[Token](), 0
@@ -176,6 +146,7 @@ class VllmEngine:
             _sampling(request, index),
             f"{request.id}-{index}",
             priority=-request.priority,
+            lora_request=self._adapters[request.adapter] if request.adapter else None,
         )
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -189,7 +160,7 @@ class VllmEngine:
                 for at, id in enumerate(part.token_ids):
                     generated += 1
                     self._tokens_out += 1
-                    ended = id in self._ends
+                    ended = id in self.text.ends
                     if request.logprobs is not None:
                         token = self._token(id, part.logprobs[at], request.logprobs, stream.decoded)
                         unsent.append(replace(token, end=ended))
@@ -221,7 +192,7 @@ class VllmEngine:
         return Token(id, self.text.raw(id), float(found[id].logprob), offset, top)
 
 
-async def _start(model_dir: str, config: EngineConfig, threads: int) -> Any:
+async def _start(model_dir: str, config: EngineConfig, threads: int, adapters: Mapping[str, str]) -> Any:
     """The engine, started in the loop that it will live in."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -246,10 +217,43 @@ async def _start(model_dir: str, config: EngineConfig, threads: int) -> Any:
         structured_outputs_config={"backend": "guidance"},
         max_logprobs=20,
         trust_remote_code=False,
+        load_format="safetensors",  # pickled weights may be programs
         disable_log_stats=True,
         enable_log_requests=False,
+        **(_lora(adapters) if adapters else {}),
     )
-    return AsyncLLM.from_engine_args(arguments)
+    llm = AsyncLLM.from_engine_args(arguments)
+    try:
+        for each in _lora_requests(adapters).values():
+            await llm.add_lora(each)  # or a bad one would end the first request that asks for it
+    except Exception:
+        llm.shutdown()
+        raise
+    return llm
+
+
+def _lora(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Room for all adapters at once, of the smallest rank that vLLM has and that holds them."""
+    from vllm.config.lora import MaxLoRARanks  # type: ignore[import-not-found]
+
+    needed, most = max(highest_rank(name, folder) for name, folder in adapters.items()), max(get_args(MaxLoRARanks))
+    if needed > most:
+        raise ServeError(
+            f"an adapter's rank {needed} is over the {most} that vLLM serves: set engine.kind transformers"
+        )
+    rank = min(each for each in get_args(MaxLoRARanks) if each >= needed)
+    # Its kernels for CPUs give tokens without an adapter that of the last place: one more place, which stays empty.
+    places = len(adapters) + (not torch.cuda.is_available())
+    return {"enable_lora": True, "max_loras": places, "max_cpu_loras": places, "max_lora_rank": rank}
+
+
+def _lora_requests(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Name -> what vLLM wants with a request."""
+    if not adapters:
+        return {}
+    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+    return {name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(adapters.items(), start=1)}
 
 
 def _sampling(request: GenerateRequest, index: int) -> Any:
@@ -284,13 +288,3 @@ def _finish(reason: str | None) -> Finish | None:
     if reason is None:
         return None
     return "length" if reason == "length" else "stop"
-
-
-def _ends(model_dir: str, text: Text) -> frozenset[int]:
-    try:
-        configured = GenerationConfig.from_pretrained(model_dir).eos_token_id
-    except OSError:
-        configured = None
-    if configured is None:
-        return frozenset() if text.end is None else frozenset([text.end])
-    return frozenset([configured] if isinstance(configured, int) else configured)

@@ -54,14 +54,23 @@ class LocalHandle:
 
 
 @contextmanager
-def endpoint(folder: Path, models: dict[str, Path], engine: EngineConfig, **http: Any) -> Iterator[str]:
-    """Serves model directories under their names; gives the URL."""
+def endpoint(
+    folder: Path,
+    models: dict[str, Path],
+    engine: EngineConfig,
+    adapters: dict[str, dict[str, Path]] | None = None,
+    **http: Any,
+) -> Iterator[str]:
+    """Serves model directories, and by model the folders of adapters over it, under their names; gives the URL."""
     registry = Registry(str(folder / "registry"))
     replicas = {}
     for name, model_dir in models.items():
         registry.publish(name, str(model_dir), {})
-        replicas[f"{name}--v1"] = Replica(registry.place, f"{name}@1", engine, threads=1)
+        sources = {adapter: str(source) for adapter, source in (adapters or {}).get(name, {}).items()}
+        replicas[f"{name}--v1"] = Replica(registry.place, f"{name}@1", engine, threads=1, adapters=sources)
     table = {name: Route({f"{name}--v1": 1.0}) for name in models}
+    for name, over in (adapters or {}).items():
+        table |= dict.fromkeys(over, Route({f"{name}--v1": 1.0}, parent=name))
     handles = {name: LocalHandle(replica) for name, replica in replicas.items()}
     context = SimpleNamespace(servable_object=None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))

@@ -48,3 +48,9 @@ def reference(model_dir: Path, prompt: str, new: int = 24) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def reference_scores(model_dir: Path, tokens: list[int]) -> torch.Tensor:
+    """The log-probabilities of every token of the vocabulary after each of ``tokens``: [tokens, vocabulary]."""
+    with torch.inference_mode():
+        return torch.log_softmax(loaded(model_dir)[0](torch.tensor([tokens])).logits[0], -1)

@@ -90,6 +90,34 @@ def test_a_request_larger_than_the_room_runs_alone() -> None:
     assert run(main()) == [1.0, 2.0, 3.0]
 
 
+def test_the_last_places_are_for_who_holds_no_more_than_those() -> None:
+    async def main() -> tuple[list[float], list[float], bool]:
+        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1))
+        loud = [asyncio.create_task(work(door, tenant("loud"), 1.0)) for _ in range(6)]
+        await settled()
+        quiet = [asyncio.create_task(work(door, tenant("quiet"), 1.0)) for _ in range(2)]
+        found = await asyncio.gather(*loud), await asyncio.gather(*quiet)
+        return *found, empty(door)
+
+    loud, quiet, over = run(main())
+    assert loud == [1.0, 1.0, 1.0, 2.0, 2.0, 3.0]  # three together, though the model has room for four
+    assert quiet == [1.0, 2.0]
+    assert over
+
+
+def test_a_large_request_waits_its_turn_while_others_use_what_is_reserved() -> None:
+    async def main() -> list[float]:
+        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1))
+        tasks = [asyncio.create_task(work(door, tenant("loud"), 1.0)) for _ in range(2)]
+        await settled()
+        tasks += [asyncio.create_task(work(door, tenant("large"), 1.0, sequences=3))]
+        await settled()
+        tasks += [asyncio.create_task(work(door, tenant("small"), 0.5)) for _ in range(2)]
+        return await asyncio.gather(*tasks)
+
+    assert run(main()) == [1.0, 1.0, 2.0, 0.5, 1.0]
+
+
 async def overload(aggressor_rate: float, aggressor: TenantConfig, victim: TenantConfig) -> tuple[list[float], int]:
     """A pool of 8 that serves 8 requests a second; the victim sends 1.6 a second for 500 s. Its latencies, and how
     many of the aggressor's were refused."""

@@ -48,6 +48,13 @@ def test_gateways_share() -> None:
     assert capacity(work_ahead=0.5, max_queue_tokens=1000, gateway_replicas=3).room("lm") == Room(12, 37, 334)
 
 
+def test_with_keys_a_part_is_reserved_and_nothing_is_sent_ahead() -> None:
+    assert capacity(keys_file="keys.yaml", max_queue_tokens=1000).room("lm") == Room(24, 110, 1000, reserved=6)
+    assert capacity(keys_file="keys.yaml", reserve=0).room("lm").reserved == 0
+    crowded = capacity(keys_file="keys.yaml", gateway_replicas=24, reserve=0.9).room("lm")
+    assert (crowded.running, crowded.reserved) == (1, 0)
+
+
 @pytest.mark.parametrize("trigger", ["UPSCALE_COMPLETED", SimpleNamespace(value="UPSCALE_COMPLETED")])
 def test_replicas_and_why_they_changed_are_shown(trigger: Any) -> None:
     def status(replicas: int) -> Any:

@@ -73,7 +73,7 @@ def test_every_shipped_config_is_read_and_written_back(path: Path) -> None:
 # Writing back
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lr=st.floats(1e-12, 1e6),
     eps=st.floats(1e-300, 1.0),
@@ -107,7 +107,7 @@ def test_any_numbers_survive_yaml(
     assert validate(dump(config)) == config
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,8}[a-z0-9])?", fullmatch=True))
 @example("1e3")
 @example("1.e-3")
@@ -121,7 +121,7 @@ def test_any_name_survives_yaml(name: str) -> None:
     assert from_yaml(to_yaml(config), "text") == config
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 9) | st.tuples(st.integers(1, 4), st.integers(4, 9)),
     every=st.integers(1, 10**9) | st.sampled_from(["auto", "90s", "1.5m", "2h"]),

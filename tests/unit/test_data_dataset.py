@@ -35,7 +35,7 @@ def samples(split: Split) -> list[list[int]]:
     return [split.sample(index).tolist() for index in range(len(split))]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths=SHARDS, seq_len=st.integers(2, 20))
 def test_packed_targets_appear_once_and_in_order(tmp_path_factory, lengths: list[list[int]], seq_len: int) -> None:
     place, documents = prepared(tmp_path_factory.mktemp("p"), lengths)
@@ -48,7 +48,7 @@ def test_packed_targets_appear_once_and_in_order(tmp_path_factory, lengths: list
     assert all(before[-1] == after[0] for before, after in pairwise(found))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths=SHARDS, seq_len=st.integers(2, 20))
 def test_unpacked_samples_stay_in_their_document(tmp_path_factory, lengths: list[list[int]], seq_len: int) -> None:
     place, documents = prepared(tmp_path_factory.mktemp("p"), lengths)

@@ -2,7 +2,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raymodels.data.order import digest, sample_ids, shard
@@ -14,13 +14,11 @@ def epoch_of(seed: int, epoch: int, samples: int) -> np.ndarray:
     return sample_ids(seed, epoch, samples, samples)
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, epoch=st.integers(0, 10**6), samples=st.integers(1, 3000))
 def test_every_epoch_is_a_permutation(seed: int, epoch: int, samples: int) -> None:
     assert sorted(epoch_of(seed, epoch, samples)) == list(range(samples))
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, epoch=st.integers(0, 10**6), samples=st.integers(30, 3000))
 def test_epochs_and_seeds_differ(seed: int, epoch: int, samples: int) -> None:
     ids = epoch_of(seed, epoch, samples)
@@ -28,7 +26,6 @@ def test_epochs_and_seeds_differ(seed: int, epoch: int, samples: int) -> None:
     assert (ids != epoch_of(seed + 1, epoch, samples)).any()
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, batch=st.integers(1, 40), samples=st.integers(1, 100))
 def test_steps_join_into_epochs_whatever_the_batch(seed: int, batch: int, samples: int) -> None:
     steps = -(-2 * samples // batch)
@@ -36,7 +33,6 @@ def test_steps_join_into_epochs_whatever_the_batch(seed: int, batch: int, sample
     assert (joined == np.concatenate([epoch_of(seed, 0, samples), epoch_of(seed, 1, samples)])).all()
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, batch=st.integers(1, 40), world=st.integers(1, 50))
 def test_ranks_partition_the_batch_in_order(seed: int, batch: int, world: int) -> None:
     ids = sample_ids(seed, 3, batch, 1000)
@@ -54,7 +50,6 @@ def test_slices_may_be_uneven(batch: int, world: int, sizes: list[int]) -> None:
     assert [len(shard(np.arange(batch), rank, world)[0]) for rank in range(world)] == sizes
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, step=st.integers(0, 10**6), batch=st.integers(1, 40), world=st.integers(1, 9))
 def test_the_digests_of_slices_add_up(seed: int, step: int, batch: int, world: int) -> None:
     ids = sample_ids(seed, step, batch, 1000)
@@ -62,7 +57,6 @@ def test_the_digests_of_slices_add_up(seed: int, step: int, batch: int, world: i
     assert sum(parts) % 2**64 == digest(*shard(ids, 0, 1))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=2, max_size=40, unique=True), st.data())
 def test_the_digest_finds_a_lost_a_repeated_an_exchanged_and_another_sample(
     drawn: list[int], data: st.DataObject

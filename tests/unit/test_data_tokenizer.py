@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -12,7 +12,6 @@ TEXTS = ["def main():\n    return 1\n", "  two  spaces\tand a tab", "naÃ¯ve cafÃ
 TRAINED = train(TEXTS, 400)
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(blacklist_categories=("Cs",))))
 def test_every_text_decodes_to_itself(text: str) -> None:
     tokenizer = encoder(TRAINED.serialised)

@@ -11,44 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from raymodels.config import EngineConfig
-from raymodels.errors import ServeError
 from raymodels.serve.engine import Engine, GenerateRequest, Grammar, InvalidRequest, QueueFull, Sampling
 from raymodels.serve.engines import open_engine
-from tests.unit.engines import GREEDY, all_texts, deltas, reference, run, texts
+from tests.random_models import random_model
+from tests.unit.engines import GREEDY, all_texts, deltas, reference, reference_scores, run, texts
 
 pytestmark = pytest.mark.slow
 
 NEEDS_VLLM = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 KINDS = ["transformers", pytest.param("vllm", marks=NEEDS_VLLM)]
-PROMPTS = ["the model reads", "模型", "naïve café größer " * 6, "a line and learns what follows the model"]
-SETTINGS = {"max_batch": 8, "max_queue": 8, "max_context": 256}
+PROMPTS = ["the model reads", "模型", "naïve café größer " * 6, "x", "a line and learns what follows the model"]
+SETTINGS = {"max_batch": 8, "max_queue": 8, "max_context": 256, "prefill_chunk": 7}
 
 
 @pytest.fixture(scope="module")
 def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with heads of a size that vLLM has kernels for."""
-    folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    torch.manual_seed(11)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return random_model(tmp_path_factory.mktemp("model"), tokenizer, **shape)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -62,12 +46,14 @@ def test_greedy_text_is_that_of_generate_alone_and_together(engine: Engine, mode
     expected = [reference(model_dir, prompt) for prompt in PROMPTS]
     assert [run(texts(engine, prompt))[0] for prompt in PROMPTS] == expected
     assert run(all_texts(engine, PROMPTS * 2)) == expected * 2
+    assert run(texts(engine, PROMPTS[2], n=3)) == [expected[2]] * 3
 
 
 def test_scores_are_log_probabilities_of_the_prompt(engine: Engine, model_dir: Path) -> None:
     tokens = engine.text.encode(PROMPTS[2])
     found = run(engine.score(tokens))
-    assert len(found) == len(tokens) - 1 and all(score <= 0 for score in found)
+    rows = reference_scores(model_dir, tokens)
+    assert found == pytest.approx(rows[range(len(tokens) - 1), tokens[1:]].tolist(), abs=1e-3)
     [delta] = run(deltas(engine, tokens, max_tokens=0, prompt_logprobs=2))
     assert [token.id for token in delta.prompt] == tokens
     assert [token.logprob for token in delta.prompt[1:]] == pytest.approx(found, abs=1e-4)
@@ -75,13 +61,15 @@ def test_scores_are_log_probabilities_of_the_prompt(engine: Engine, model_dir: P
     assert (delta.text, delta.generated, delta.finish) == ("", 0, "length")
 
 
-def test_new_tokens_come_with_their_log_probabilities(engine: Engine) -> None:
+def test_new_tokens_come_with_their_log_probabilities(engine: Engine, model_dir: Path) -> None:
     found = run(deltas(engine, PROMPTS[0], logprobs=3, max_tokens=8))
     tokens = [token for delta in found for token in delta.tokens]
     assert len(tokens) == found[-1].generated
-    assert all(token.top[0].id == token.id and token.top[0].logprob == token.logprob for token in tokens)
-    again = run(engine.score([*engine.text.encode(PROMPTS[0]), *(token.id for token in tokens)]))
-    assert [token.logprob for token in tokens] == pytest.approx(again[-len(tokens) :], abs=1e-3)
+    ids = [*engine.text.encode(PROMPTS[0]), *(token.id for token in tokens)]
+    rows = reference_scores(model_dir, ids)[-len(tokens) - 1 : -1]
+    for token, row in zip(tokens, rows, strict=True):
+        assert (token.top[0].id, token.top[0].logprob) == (token.id, token.logprob)
+        assert [other.logprob for other in token.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
 
 
 def test_choices_are_independent_and_a_seed_repeats_them(engine: Engine) -> None:
@@ -91,12 +79,14 @@ def test_choices_are_independent_and_a_seed_repeats_them(engine: Engine) -> None
     assert len({*first}) > 1
 
 
-def test_a_stop_string_ends_the_text_before_it(engine: Engine, model_dir: Path) -> None:
+def test_a_stop_string_over_several_tokens_ends_the_text_before_it(engine: Engine, model_dir: Path) -> None:
     whole = reference(model_dir, PROMPTS[0])
-    stop = whole[5:8]
-    found = run(deltas(engine, PROMPTS[0], stop=(stop,)))
+    stop = whole[7:13]
+    assert len(engine.text.encode(stop)) > 1
+    found = run(deltas(engine, PROMPTS[0], stop=(stop, "never"), logprobs=0))
     assert "".join(delta.text for delta in found) == whole[: whole.index(stop)]
     assert found[-1].finish == "stop"
+    assert all(token.offset < whole.index(stop) for delta in found for token in delta.tokens)
 
 
 def test_penalties_and_biases(engine: Engine) -> None:
@@ -136,7 +126,8 @@ def test_a_full_queue_refuses(engine: Engine) -> None:
         return list(await asyncio.gather(*asked, return_exceptions=True))
 
     found = run(fill())
-    assert sum(isinstance(each, QueueFull) for each in found) == 2
+    refused = [each for each in found if isinstance(each, QueueFull)]
+    assert len(refused) == 2 and "try again later" in str(refused[0])
     answered = [each for each in found if not isinstance(each, BaseException)]
     assert answered == [run(texts(engine, "x", n=4, max_tokens=40))] * 4
 
@@ -158,11 +149,3 @@ def test_what_can_never_be_served_is_refused(engine: Engine, change: dict[str, A
     with pytest.raises(InvalidRequest) as refused:
         run(ask())
     assert refused.value.field == field
-
-
-def test_a_closed_engine_says_so(model_dir: Path) -> None:
-    engine = open_engine(str(model_dir), EngineConfig(kind="transformers"), threads=1)
-    engine.check()
-    engine.close()
-    with pytest.raises(ServeError, match="closed"):
-        engine.check()

@@ -24,6 +24,7 @@ from raymodels.serve.replica import Accepted, Description, Embedded
 from raymodels.serve.routing import Route
 from raymodels.serve.schema import Request
 from raymodels.serve.tenants import add_key
+from tests.unit.endpoint import LocalHandle
 
 running = 0
 most = 0
@@ -32,7 +33,7 @@ most = 0
 class Script:
     """A model whose prompt is what it does: how many tokens, how long each takes, or how it fails."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Any, None]:
+    async def generate(self, request: Request, *_: Any) -> AsyncGenerator[Any, None]:
         global running, most
         running += 1
         most = max(most, running)
@@ -59,38 +60,11 @@ class Script:
             dimensions=2,
         )
 
-    async def embed(self, request: Any) -> Embedded:
+    async def embed(self, request: Any, adapter: str | None) -> Embedded:
         return Embedded([[0.6, 0.8] for _ in request.inputs], 3 * len(request.inputs))
 
     async def tokenize(self, request: Any) -> dict[str, Any]:
         return {"tokens": [1, 2]}
-
-
-class Handle:
-    """As much of Serve's handle as the gateway uses; calls run in this event loop."""
-
-    generate: Any
-
-    def options(self, stream: bool) -> Handle:
-        self.generate = SimpleNamespace(remote=lambda request, *_: Stream(Script().generate(request)))
-        return self
-
-    def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(getattr(Script(), method)(*args)))
-
-
-class Stream:
-    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
-        self._items = items
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Any:
-        return await anext(self._items)
-
-    def cancel(self) -> None:
-        self._closing = asyncio.ensure_future(self._items.aclose())
 
 
 Use = Callable[[httpx.AsyncClient, Any], Awaitable[Any]]
@@ -105,7 +79,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         plain = Gateway.func_or_class.__mro__[1]  # without what Serve wraps around it
         engines = {"m--v1": EngineConfig(max_batch=4, max_queue=8), "n--v1": EngineConfig(max_batch=4)}
         table = {"m": Route({"m--v1": 1.0}), "n": Route({"n--v1": 1.0})}
-        gateway = plain(http, table, {"m--v1": Handle(), "n--v1": Handle()}, engines)
+        gateway = plain(http, table, {"m--v1": LocalHandle(Script()), "n--v1": LocalHandle(Script())}, engines)
         gateway._watching.cancel()  # there is no Serve to ask
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
         for handler in logging.getLogger(LOGGER).handlers:
@@ -264,7 +238,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(use: Any) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_deadline_of_a_request_is_its_own(use: Any, stream: bool) -> None:
     async def what(client: httpx.AsyncClient, gateway: Any) -> None:
-        answer = await ask(client, timeout=0.2, stream=stream, tokens=3, pause=0.15)
+        answer = await ask(client, timeout=1.0, stream=stream, tokens=3, pause=0.6)
         assert "timeout" in answer.text
         assert answer.status_code == (200 if stream else 504)
         assert gateway._admission.queue("m").running == 0

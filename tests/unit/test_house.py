@@ -22,9 +22,9 @@ LAYERS = [
     ["checkpoint"],
     ["registry"],
     ["publish", "cluster", "runs"],
-    ["train", "serve", "answers", "protocol", "client", "jobs", "submit", "doctor", "display"],
-    ["batch"],
-    ["cli", "cli_batch", "cli_runs", "cli_keys", "cli_serve", "testing", "__init__"],
+    ["train", "serve", "answers", "protocol", "client", "jobs", "submit", "cluster_files", "doctor", "display"],
+    ["batch", "k8s"],
+    ["cli", "cli_batch", "cli_runs", "cli_k8s", "cli_keys", "cli_serve", "cli_jobs", "testing", "__init__"],
 ]
 SIDEWAYS = {
     ("tasks", "data"),
@@ -33,13 +33,15 @@ SIDEWAYS = {
     ("protocol", "answers"),
     ("cli", "cli_batch"),
     ("cli", "cli_runs"),
+    ("cli", "cli_k8s"),
     ("cli", "cli_keys"),
     ("cli", "cli_serve"),
+    ("cli", "cli_jobs"),
 }
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 # What may be imported as a module is loaded, by the rooms that someone without torch or ray uses.
 LIGHT = ["config", "errors", "storage", "manifest", "registry", "client", "protocol", "cli", "submit", "doctor", "jobs"]
-LIGHT += ["runs", "cli_runs", "cli_keys", "cli_serve", "cli_batch"]
+LIGHT += ["cli_jobs", "cluster_files", "runs", "cli_runs", "cli_k8s", "cli_keys", "cli_serve", "cli_batch", "k8s.check"]
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets"}
 
 

@@ -96,7 +96,7 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     assert manifest.digest(one) != manifest.digest(other)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from([name for name, content in FILES.items() if content]), st.data())
 def test_any_changed_byte_is_found(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def test_any_changed_byte_is_found(name: str, data: st.DataObject) -> None:
             manifest.verify(folder)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_changed_byte_of_the_manifest_is_found(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

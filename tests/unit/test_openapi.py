@@ -92,7 +92,7 @@ def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model_dir)
     engine = EngineConfig(max_batch=8, max_queue=64)
-    with endpoint(folder, {"m": model_dir}, engine, max_body_bytes=200_000, max_output_tokens=120) as url:
+    with endpoint(folder, {"m": model_dir}, engine, max_body_bytes=200_000, max_output_tokens=40) as url:
         yield url
 
 
@@ -229,7 +229,6 @@ def test_any_request_gets_what_the_page_says(url: str, mode: str) -> None:
 
         @settings(
             max_examples=40,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
             derandomize=True,

@@ -34,7 +34,7 @@ def balanced(result: Replay) -> bool:
     return requests == result.served + int(result.refused.sum()) + result.unfinished
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=300),
     st.integers(0, 3),

@@ -12,14 +12,14 @@ from typing import Any
 
 import openai
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from raymodels.config import ServeConfig, validate
 from raymodels.registry import Registry
 from raymodels.serve.deploy import deploy
 from raymodels.serve.tenants import add_key
 from tests.cluster.openai_client.asking import MAX_BODY
+from tests.random_models import random_model
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{% if loop.first %}Answer with <tool_call>.\n{% endif %}{{ tool.function.name }}\n"
@@ -36,25 +36,9 @@ def engine_settings() -> dict[str, Any]:
 @pytest.fixture(scope="package")
 def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose answers differ from prompt to prompt, with a chat template that knows tools."""
-    folder = tmp_path_factory.mktemp("talkative")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    torch.manual_seed(11)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_model(tmp_path_factory.mktemp("talkative"), tokenizer, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="package")
