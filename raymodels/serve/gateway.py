@@ -5,6 +5,7 @@ not postponed: FastAPI could not resolve their names in the copy.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -156,6 +157,7 @@ class Gateway:
         self.front = Front(http)
         self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
+        self._described: dict[str, Description] = {}
         self._watching = asyncio.get_running_loop().create_task(self._capacity.watch(self._admission.dispatch))
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
@@ -164,6 +166,7 @@ class Gateway:
         self._engines |= {name: EngineConfig.model_validate(raw) for name, raw in changes["engines"].items()}
         self._routes.table.clear()
         self._routes.table |= {name: Route(**raw) for name, raw in changes["table"].items()}
+        self._described.clear()
         self._admission.dispatch()
 
     @app.get("/healthz")
@@ -186,13 +189,14 @@ class Gateway:
     @app.get("/v1/models")
     async def models(self, http: HttpRequest) -> dict[str, Any]:
         allowed = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
-        about = await asyncio.gather(*(self._describe(name, http.state.visit.deadline) for name in allowed))
-        return {"object": "list", "data": about}
+        about = await self._descriptions(allowed, http.state.visit.deadline)
+        return {"object": "list", "data": [self._listed(name, about[name]) for name in allowed]}
 
     @app.get("/v1/models/{model:path}")
     async def model(self, http: HttpRequest, model: str) -> dict[str, Any]:
         self._check(http.state.visit, model)
-        return await self._describe(model, http.state.visit.deadline)
+        about = await self._descriptions([model], http.state.visit.deadline)
+        return self._listed(model, about[model])
 
     @app.post("/v1/completions")
     async def completions(self, http: HttpRequest) -> Response:
@@ -228,8 +232,8 @@ class Gateway:
     @app.get("/openapi.json")
     async def openapi(self, http: HttpRequest) -> JSONResponse:
         names = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
-        about = await asyncio.gather(*(self._about(name) for name in names))
-        return JSONResponse(page(dict(zip(names, about, strict=True)), self._http))
+        about = await self._descriptions(names, asyncio.get_running_loop().time() + DESCRIBE_S)
+        return JSONResponse(page(about, self._http))
 
     async def process(self) -> Process:
         return this_process()
@@ -249,12 +253,16 @@ class Gateway:
         queue, gateways = self._admission.queue(self._routes.base(model)), self._http.gateway_replicas
         return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens)
 
-    async def _about(self, model: str) -> Description | None:
-        """What serves a model; none where no replica says so at once."""
-        try:
-            return await self._routes.describe(model, asyncio.get_running_loop().time() + DESCRIBE_S)
-        except Refused:
-            return None
+    async def _descriptions(self, models: list[str], deadline: float) -> dict[str, Description | None]:
+        """What serves the models. Asking must start none: without a replica it is the last answer, if there was one."""
+        unready = set(await self._routes.unready())
+
+        async def ask(model: str) -> None:
+            with contextlib.suppress(Refused):
+                self._described[model] = await self._routes.describe(model, deadline)
+
+        await asyncio.gather(*(ask(model) for model in models if model not in unready))
+        return {model: self._described.get(model) for model in models}
 
     async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
         visit: Visit = http.state.visit
@@ -280,17 +288,16 @@ class Gateway:
         self._routes.check(model)
         visit.model = model
 
-    async def _describe(self, model: str, deadline: float) -> dict[str, Any]:
-        about = await self._routes.describe(model, deadline)
+    def _listed(self, model: str, about: Description | None) -> dict[str, Any]:
         return {
             "id": model,
             "object": "model",
-            "created": about.published_unix_seconds,
+            "created": about.published_unix_seconds if about else 0,
             "owned_by": "raymodels",
-            "root": about.reference,
+            "root": about.reference if about else None,
             "parent": self._routes.table[model].parent,
-            "max_model_len": about.context,
-            "has_chat_template": about.has_chat_template,
+            "max_model_len": about.context if about else None,
+            "has_chat_template": about.has_chat_template if about else None,
         }
 
     async def _answer(self, http: HttpRequest, read: Callable[[Any], Request]) -> Response:

@@ -201,14 +201,16 @@ class TokenizerInfo(Result):
 
 
 class ModelInfo(Result):
+    """A model without a replica, which nobody has asked for since the gateway began, has no ``root`` and so on."""
+
     id: str
     object: Literal["model"]
     created: Count
     owned_by: str
-    root: str
+    root: str | None
     parent: str | None
-    max_model_len: Count
-    has_chat_template: bool
+    max_model_len: Count | None
+    has_chat_template: bool | None
 
 
 class ModelList(Result):

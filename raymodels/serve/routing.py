@@ -111,7 +111,7 @@ class Routes:
             Refused: 400 if there are several.
         """
         if len(self.table) != 1:
-            message = f"model is missing; models: {', '.join(sorted(self.table))}"
+            message = "model is missing, and there are several: GET /v1/models lists those that you may call"
             raise Refused(Problem(status=400, message=message, param="model"))
         return next(iter(self.table))
 
@@ -139,8 +139,7 @@ class Routes:
 
     def _route(self, model: str) -> Route:
         if model not in self.table:
-            known = ", ".join(sorted(self.table))
-            message = f"there is no model {model!r} here; models: {known}"
+            message = f"there is no model {model!r} here: GET /v1/models lists those that you may call"
             raise Refused(Problem(status=404, message=message, param="model", code="model_not_found"))
         return self.table[model]
 

@@ -10,6 +10,7 @@ from typing import Any
 from raymodels.train.events import Events
 
 PATIENCE_SECONDS = 60.0  # Ray exports every 10 s
+FORGOTTEN_SECONDS = 35.0  # and what was not set for 20 s no more
 
 
 def test_a_runs_account_reaches_rays_metrics(ray_cluster: Any, tmp_path: Path) -> None:
@@ -36,12 +37,15 @@ def test_a_runs_account_reaches_rays_metrics(ray_cluster: Any, tmp_path: Path) -
         "seconds_total kind=unaccounted": 0.0,
     }
     [node] = ray_cluster.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline = time.monotonic() + PATIENCE_SECONDS
     found: dict[str, float] = {}
     while found != wanted and time.monotonic() < deadline:
         time.sleep(0.5)
-        found = _scraped(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+        found = _scraped(page)
     assert found == wanted
+    time.sleep(FORGOTTEN_SECONDS)
+    assert _scraped(page) == wanted  # also where a run has had nothing to report for a while
 
 
 def _scraped(url: str) -> dict[str, float]:

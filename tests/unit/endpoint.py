@@ -86,7 +86,7 @@ def endpoint(
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="endpoint")
     with (
         mock.patch.object(serve, "get_replica_context", lambda: context),
-        mock.patch.object(serve, "status", lambda: _running(list(replicas))),
+        mock.patch.object(serve, "status", lambda: serve_status(list(replicas))),
     ):
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -96,7 +96,7 @@ def endpoint(
         replica._engine.close()
 
 
-def _running(names: list[str]) -> Any:
-    """The status of a Serve in which every model has a replica."""
+def serve_status(names: list[str]) -> Any:
+    """The status of a Serve in which these models have a replica each."""
     state = SimpleNamespace(replica_states={"RUNNING": 1}, status_trigger="CONFIG_UPDATE_COMPLETED")
     return SimpleNamespace(applications={name: SimpleNamespace(deployments={name: state}) for name in names})

@@ -24,7 +24,7 @@ from raymodels.serve.replica import Accepted, Description, Embedded
 from raymodels.serve.routing import Route
 from raymodels.serve.schema import Request
 from raymodels.serve.tenants import add_key
-from tests.unit.endpoint import LocalHandle
+from tests.unit.endpoint import LocalHandle, serve_status
 
 running = 0
 most = 0
@@ -81,6 +81,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         table = {"m": Route({"m--v1": 1.0}), "n": Route({"n--v1": 1.0})}
         gateway = plain(http, table, {"m--v1": LocalHandle(Script()), "n--v1": LocalHandle(Script())}, engines)
         gateway._watching.cancel()  # there is no Serve to ask
+        monkeypatch.setattr(serve, "status", lambda: serve_status(["m--v1", "n--v1"]))
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
         for handler in logging.getLogger(LOGGER).handlers:
             handler.setStream(written)  # type: ignore[attr-defined]
@@ -141,6 +142,21 @@ def test_a_full_queue_is_429(use: Any) -> None:
         refused = [answer for answer in answers if answer.status_code != 200]
         assert [error(answer) for answer in refused] == [(429, "queue_full")] * 7  # 5 run, 8 wait
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+
+    use(what)
+
+
+def test_listing_models_starts_none(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        monkeypatch.setattr(serve, "status", lambda: serve_status(["m--v1"]))
+        gateway._routes.bound["n--v1"] = None  # asking its replicas would fail
+        awake, asleep = (await client.get("/v1/models")).json()["data"]
+        assert (awake["id"], awake["root"], awake["max_model_len"]) == ("m", "m@1", 100)
+        assert (asleep["id"], asleep["root"], asleep["max_model_len"]) == ("n", None, None)
+        assert (await client.get("/v1/models/n")).json() == asleep
+        assert (await client.get("/openapi.json")).status_code == 200
+        monkeypatch.setattr(serve, "status", lambda: serve_status([]))
+        assert (await client.get("/v1/models/m")).json() == awake  # as last heard of
 
     use(what)
 
