@@ -1,16 +1,18 @@
 """The command `raymodels`: parse, call, print. Everything it does is one function call away in Python.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 something failed, 2 bad input, 130
-interrupted.
+interrupted; those of jobs on a cluster are in `cli_jobs`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,12 +20,16 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from raymodels.cli_batch import batch
+from raymodels.cli_jobs import cluster, jobs
+from raymodels.cli_k8s import k8s
 from raymodels.cli_keys import keys
 from raymodels.cli_runs import runs
 from raymodels.cli_serve import autoscale
 from raymodels.config import Config, ServeConfig, dump, load, to_yaml
 from raymodels.errors import ConfigError, RaymodelsError
-from raymodels.submit import Job
+
+if TYPE_CHECKING:
+    from raymodels.client import Client
 
 app = typer.Typer(
     help="One config trains a Transformer with Ray Train and DeepSpeed ZeRO, registers the checkpoint and serves it.",
@@ -36,6 +42,9 @@ models = typer.Typer(help="The registry: named, immutable, checksummed model ver
 app.add_typer(models, name="models")
 app.add_typer(runs, name="runs")
 app.add_typer(keys, name="keys")
+app.add_typer(k8s, name="k8s")
+app.add_typer(jobs)
+app.add_typer(cluster, name="cluster")
 app.add_typer(autoscale, name="autoscale")
 app.command("batch")(batch)
 
@@ -44,6 +53,8 @@ Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value; 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 RegistryPlace = Annotated[str, typer.Option("--registry", help="Folder or bucket of the registry")]
 Url = Annotated[str, typer.Option("--url", envvar="RAYMODELS_URL", help="Where the endpoint is")]
+Ca = Annotated[str | None, typer.Option("--ca", envvar="RAYMODELS_CA", help="PEM file of the CA to trust for https")]
+ApiKeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="Holds the key; default: RAYMODELS_API_KEY")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Default: the only model that is served")]
 
 
@@ -137,9 +148,10 @@ def list_models(registry: RegistryPlace = "./registry", as_json: AsJson = False)
     from raymodels.registry import Registry
 
     found = Registry(registry)
+    aliases = functools.cache(found.aliases)
     rows = []
     for version in found.versions():
-        named = [alias for alias, number in found.aliases(version.name).items() if number == version.number]
+        named = [alias for alias, number in aliases(version.name).items() if number == version.number]
         card = version.card
         rows.append(
             {
@@ -218,13 +230,13 @@ def complete(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable")] = None,
     url: Url = "http://127.0.0.1:8000",
+    ca: Ca = None,
+    api_key_file: ApiKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, printed as it streams in."""
-    from raymodels.client import Client
-
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    with Client(url) as client:
+    with _client(url, ca, api_key_file) as client:
         if as_json:
             print(client.complete(prompt, model=model, **sampling).model_dump_json(indent=2))
             return
@@ -241,33 +253,16 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.7,
     url: Url = "http://127.0.0.1:8000",
+    ca: Ca = None,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
     """Ask a chat model, printed as it streams in."""
-    from raymodels.client import Client
-
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": message})
-    with Client(url) as client:
+    with _client(url, ca, api_key_file) as client:
         for delta in client.stream(messages=messages, model=model, max_tokens=max_tokens, temperature=temperature):
             print(delta.text, end="", flush=True)
     print()
-
-
-@app.command()
-def submit(
-    config: ConfigPath,
-    overrides: Overrides = [],
-    address: Annotated[
-        str | None, typer.Option(help="The cluster's dashboard, http://HOST:8265; default RAY_ADDRESS")
-    ] = None,
-    job: Annotated[Job, typer.Option(help="Which of jobs/ to run")] = "train",
-    wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's result")] = True,
-) -> None:
-    """Run a job of this working tree on a Ray cluster."""
-    from raymodels.submit import submit as run
-
-    result = run(config, address=address, job=job, overrides=overrides, wait=wait)
-    print(f"{result.submission_id}  {result.status}")
 
 
 @app.command()
@@ -304,6 +299,19 @@ def doctor(as_json: AsJson = False) -> None:
     _show_rows(rows, as_json)
     if not all(check.ok or check.optional for check in found):
         raise typer.Exit(1)
+
+
+def _client(url: str, ca: str | None, api_key_file: Path | None) -> Client:
+    """A client with an API key from a file or the environment: all users of a machine see its command lines."""
+    from raymodels.client import Client
+
+    key = os.environ.get("RAYMODELS_API_KEY") or None
+    if api_key_file is not None:
+        try:
+            key = api_key_file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file: cannot read {api_key_file}: {error.strerror}") from error
+    return Client(url, key, ca=ca)
 
 
 def _dry_run(settings: Config, as_json: bool) -> None:

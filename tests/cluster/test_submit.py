@@ -4,9 +4,11 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 from ray.job_submission import JobSubmissionClient
 
-from raymodels.errors import ClusterError, ConfigError, JobError
-from raymodels.submit import submit
+from raymodels.errors import ClusterError, ClusterLost, ConfigError, JobError, JobStopped
+from raymodels.submit import Submission, connect, job_state, list_jobs, stop, submit
+from tests.cluster.tcp_proxy import TcpProxy
 
 # Ray's own client passes this to aiohttp.
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
@@ -29,8 +33,13 @@ model: {arch: llama, hidden_size: 16, layers: 1, heads: 2}
 train: {steps: 1, global_batch: 1, micro_batch: 1, lr: 1.0e-3}
 workers: {count: 1}
 """
-SCRIPT = """
-import pathlib, sys, time
+CUT_S = float(os.environ.get("CUT_S", "8"))
+"""How long the network is cut in mid-log; the claim is for 30 s."""
+LINES = round((CUT_S + 10) * 10)
+SCRIPT = (
+    f"LINES = {LINES}"
+    + """
+import pathlib, signal, sys, time
 print("files", *sorted(str(p) for p in pathlib.Path(".").rglob("*") if p.is_file()))
 print("arguments", *sys.argv[1:], flush=True)
 if "run.seed=2" in sys.argv:
@@ -38,14 +47,27 @@ if "run.seed=2" in sys.argv:
 if "run.seed=3" in sys.argv:
     print("sleeping", flush=True)
     time.sleep(60)
+if "run.seed=5" in sys.argv:
+    def leave(*_):
+        time.sleep(5)
+        sys.exit("left in peace")
+    signal.signal(signal.SIGTERM, leave)
+    print("waiting", flush=True)
+    time.sleep(60)
+if "run.seed=4" in sys.argv:
+    for number in range(LINES):
+        print("line", number, flush=True)
+        time.sleep(0.1)
 print("no newline at the end", end="")
 """
+)
 
 
 @dataclass(frozen=True)
 class Head:
     address: str
     token: str
+    folder: Path = Path()
 
 
 def free_ports(count: int) -> list[int]:
@@ -103,7 +125,7 @@ def head() -> Iterator[Head]:
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # sockets need a short path
         process, address = start_head(token, folder)
-        head = Head(address, token)
+        head = Head(address, token, Path(folder))
         try:
             wait_until_up(process, head)
             yield head
@@ -163,14 +185,124 @@ def test_a_job_that_is_stopped(head: Head, tree: Path, config: Path) -> None:
             assert running.submission_id
             jobs.stop_job(running.submission_id)
 
-    with pytest.raises(JobError, match="was stopped"):
+    with pytest.raises(JobStopped, match="was stopped"):
         submit(config, address=head.address, working_dir=tree, overrides=["run.seed=3"], follow=stop_when_it_sleeps)
 
 
-def test_not_waiting(head: Head, tree: Path, config: Path) -> None:
-    result = submit(config, address=head.address, working_dir=tree, wait=False)
-    assert result.status == "PENDING"
-    assert result.submission_id.startswith("raysubmit_")
+def test_the_same_command_is_one_job(head: Head, tree: Path, config: Path) -> None:
+    def call(again: bool = False, wait: bool = True) -> tuple[str, list[str], list[str]]:
+        lines: list[str] = []
+        notices: list[str] = []
+        result = submit(
+            config,
+            address=head.address,
+            working_dir=tree,
+            overrides=["run.name=once"],
+            submission=Submission(again=again),
+            wait=wait,
+            follow=lines.append,
+            notice=notices.append,
+        )
+        return result.submission_id, lines, notices
+
+    first, nothing, _ = call(wait=False)
+    assert first.startswith("train-my-config-")
+    assert nothing == []
+    second, lines, notices = call()
+    assert second == first
+    assert any("this attaches to it" in notice or "is over: SUCCEEDED" in notice for notice in notices)
+    assert lines[-1] == "no newline at the end"
+    third, same_lines, notices = call()
+    assert (third, same_lines) == (first, lines)
+    assert any("is over: SUCCEEDED" in notice and "--again" in notice for notice in notices)
+    assert call(again=True)[0] == f"{first}.2"
+    assert call()[0] == f"{first}.2"
+    (tree / "new file").write_text("x")
+    assert call(wait=False)[0] not in (first, f"{first}.2")
+
+
+def test_an_id_that_another_job_has(head: Head, tree: Path, config: Path) -> None:
+    def call(*overrides: str) -> str:
+        asked = Submission(id="mine")
+        return submit(
+            config, address=head.address, working_dir=tree, overrides=overrides, submission=asked, wait=False
+        ).submission_id
+
+    assert call("run.name=a") == "mine"
+    with pytest.raises(ConfigError, match=r"--id mine is taken by another job, mine .*run.name=a"):
+        call("run.name=b")
+    with pytest.raises(ConfigError, match=r"--id 'a b': give letters"):
+        submit(config, address=head.address, working_dir=tree, submission=Submission(id="a b"))
+
+
+def test_the_entrypoints_resources_are_reserved(head: Head, tree: Path, config: Path) -> None:
+    asked = Submission(id="reserving", cpus=0.5, memory=1000)
+    submit(config, address=head.address, working_dir=tree, submission=asked)
+    headers = {"Authorization": f"Bearer {head.token}"}
+    answer = httpx.get(f"{head.address}/api/v0/actors?detail=true&limit=1000", headers=headers).json()
+    [supervisor] = [actor for actor in answer["data"]["result"]["result"] if actor["name"].endswith("_reserving")]
+    assert supervisor["required_resources"] == {"CPU": 0.5, "memory": 1000.0}
+
+
+def test_the_network_is_cut_in_mid_log(head: Head, tree: Path, config: Path) -> None:
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]))
+    lines: list[str] = []
+    notices: list[str] = []
+
+    def cut_at_the_tenth(line: str) -> None:
+        lines.append(line)
+        if line == "line 10":
+            proxy.cut()
+            threading.Timer(CUT_S, proxy.mend).start()
+
+    result = submit(
+        config,
+        address=f"http://127.0.0.1:{proxy.port}",
+        working_dir=tree,
+        overrides=["run.seed=4"],
+        follow=cut_at_the_tenth,
+        notice=notices.append,
+    )
+    assert result.status == "SUCCEEDED"
+    assert result.seconds > CUT_S
+    assert [line for line in lines if line.startswith("line ")] == [f"line {number}" for number in range(LINES)]
+    assert lines[-1] == "no newline at the end"
+    assert any("does not answer" in notice for notice in notices)
+    assert any("answers again" in notice for notice in notices)
+
+
+def test_a_cluster_that_is_lost(head: Head, tree: Path, config: Path) -> None:
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]))
+    asked = Submission(id="left-behind")
+    with pytest.raises(ClusterLost, match=r"left-behind may still run: .*raymodels logs left-behind --follow"):
+        submit(
+            config,
+            address=f"http://127.0.0.1:{proxy.port}",
+            working_dir=tree,
+            overrides=["run.seed=3"],
+            submission=asked,
+            follow=lambda line: proxy.cut() if line == "sleeping" else None,
+            lost_after_s=2,
+        )
+    cluster = connect(head.address)
+    assert job_state(cluster, "left-behind").status == "RUNNING"
+    assert stop(cluster, "left-behind").status == "STOPPED"
+    assert "left-behind" in {state.submission_id for state in list_jobs(cluster)}
+
+
+def test_https_with_a_ca_of_ones_own(head: Head, tree: Path, config: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]), context)
+    ca = tmp_path / ".git/ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    lines: list[str] = []
+    address = f"https://127.0.0.1:{proxy.port}"
+    submit(config, address=address, ca=ca, working_dir=tree, overrides=["run.name=tls"], follow=lines.append)
+    assert lines[-1] == "no newline at the end"
+    with pytest.raises(ClusterError, match=r"certificate of https://.* is not to be trusted .*--ca"):
+        connect(address)
 
 
 @pytest.mark.parametrize("token", ["wrong", None])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from raymodels.cli import app, keys, main, models, runs
+from raymodels.cli import app, cluster, jobs, keys, main, models, runs
 from raymodels.config import validate
 from raymodels.registry import Registry
 
@@ -30,6 +30,12 @@ HELP = {
     "complete": "--max-tokens",
     "chat": "--system",
     "submit": "--address",
+    "status": "how it ended",
+    "logs": "Until the job ends",
+    "stop": "commits its last step",
+    "list": "newest first",
+    "cluster": "`ray up`",
+    "cluster check": "by Ray's own rules",
     "plan": "ZeRO stage",
     "doctor": "remedy",
     "models": "registry",
@@ -93,7 +99,8 @@ def test_help_teaches(call: Call, command: str) -> None:
 
 def test_every_command_has_its_help_looked_at() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for name, group in {"models": models, "runs": runs, "keys": keys}.items():
+    commands |= {command.name or "" for command in jobs.registered_commands}
+    for name, group in {"models": models, "runs": runs, "keys": keys, "cluster": cluster}.items():
         commands |= {"", name} | {f"{name} {command.name}" for command in group.registered_commands}
     assert commands == set(HELP)
 
