@@ -7,8 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PIECES_PER_CORE_S = 25.0
-"""Pieces a second of one core of the machine. A piece costs about 2 ms on its way to the client: a twentieth of it."""
+import torch
+
+PIECES_PER_CORE_S = 50.0
+"""Pieces a second of one core of the machine. A piece costs a few milliseconds of one on its way to the client."""
+PIECES_PER_COMPUTING_CORE_S = 6.0
+"""The same where the model is computed by the cores, and waits for every one of them: 4 % of its speed."""
 
 
 class Pace:
@@ -19,7 +23,8 @@ class Pace:
     """
 
     def __init__(self, pieces_per_s: float | None = None) -> None:
-        self._pieces_per_s = pieces_per_s or PIECES_PER_CORE_S * len(os.sched_getaffinity(0))
+        per_core = PIECES_PER_CORE_S if torch.cuda.is_available() else PIECES_PER_COMPUTING_CORE_S
+        self._pieces_per_s = pieces_per_s or per_core * len(os.sched_getaffinity(0))
         self._streams = 0
 
     @contextmanager
