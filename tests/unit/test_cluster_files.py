@@ -48,7 +48,7 @@ MISTAKES = [
     ("aws", "    - --ulimit=memlock=-1\n", "", "no-ulimit", "docker.run_options"),
     ("on-prem", "ray2.60.0", "ray2.59.0", "image-version", "docker.image"),
     ("on-prem", ":0.1.0-ray2.60.0-cuda", ":latest", "image-version", "docker.image"),
-    ("aws", "setup_commands:\n  - grep.*\n", "", "image-version", "setup_commands.1"),
+    ("aws", r"setup_commands: \[\]\n", "", "image-version", "setup_commands.1"),
     ("aws", "    - --volume=/mnt/shared:/mnt/shared\n", "", "storage", "docker.run_options"),
     ("gcp", "sudo mount -t nfs .* /mnt/shared", "true", "storage", "initialization_commands"),
     ("on-prem", "  - mountpoint -q /mnt/shared", "  - 'true'", "storage", "initialization_commands"),
