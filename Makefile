@@ -20,7 +20,7 @@ demo: $(READY)
 
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal tests/unit
-	$(BIN)/pytest tests/dist tests/cluster tests/e2e
+	$(BIN)/pytest --durations=15 tests/dist tests/cluster tests/e2e
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' tests/unit

@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -163,7 +164,8 @@ def head() -> Iterator[Head]:
 def test_submit_runs_the_demo_on_a_cluster_and_exits_as_the_job_does(head: Head, tmp_path: Path) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}
     small = ["train.steps=4", "train.warmup_steps=1", "model.layers=1", "eval.samples=8"]
-    places = [f"run.storage={tmp_path}/runs", f"data.prepared={ROOT}/prepared", f"registry={tmp_path}/registry"]
+    small += [f"data.source={sysconfig.get_path('stdlib')}/asyncio/*.py", "data.eval_fraction=0.2"]
+    places = [f"run.storage={tmp_path}/runs", f"data.prepared={tmp_path}/data", f"registry={tmp_path}/registry"]
     overrides = [word for override in small + places for word in ("--set", override)]
     arguments = ["submit", "jobs/configs/demo.yaml", "--address", head.address]
     succeeded = raymodels(*arguments, *overrides, **token)

@@ -38,7 +38,8 @@ def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A random model whose answers differ from prompt to prompt, with a chat template that knows tools."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = TEMPLATE
-    shape = {"hidden_size": 128, "max_position_embeddings": 1024}  # vLLM has no CPU kernels for heads under 32
+    # vLLM has no CPU kernels for heads under 32. Logits are small enough for penalties to count.
+    shape = {"hidden_size": 128, "initializer_range": 0.2, "max_position_embeddings": 1024}
     return random_model(tmp_path_factory.mktemp("talkative"), tokenizer, **shape)
 
 
