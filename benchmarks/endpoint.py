@@ -149,7 +149,11 @@ async def request(http: httpx.AsyncClient, **fields: Any) -> Outcome:
 
 def _judge(outcome: Outcome, content: bytes, media_type: str) -> None:
     if not media_type.startswith("text/event-stream"):
-        body = json.loads(content)
+        try:
+            body = json.loads(content)
+        except ValueError:
+            outcome.error = f"not JSON: {content[:200]!r}"
+            return
         outcome.finished = outcome.status == 200
         if outcome.finished:
             outcome.tokens = body["usage"]["completion_tokens"]

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -179,6 +180,7 @@ def serve_through(
         part = [outcome for sent, outcome in outcomes if since <= sent < until]
         failed = sum(not outcome.finished for outcome in part)
         longest = max((outcome.total_s for outcome in part), default=0.0)
+        print(what, Counter(outcome.error or "answered" for outcome in part))
         rows.append({"what": f"requests {what}", "number": len(part), "failed": failed, "longest s": longest})
     return rows, outcomes, cut
 

@@ -93,9 +93,13 @@ class Routes:
             except TimeoutError as error:
                 response.cancel()
                 raise _late() from error
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
+            except asyncio.CancelledError as error:
+                if _given_up():
+                    response.cancel()
+                    raise
+                lost = _cancelled()
+                if not retries:
+                    raise lost from error
             except Exception as error:
                 failure = _failed(error)
                 if not (retries and isinstance(failure, ReplicaLost)):
@@ -265,9 +269,25 @@ class Call:
         except TimeoutError:
             self.cancel()
             raise
+        except asyncio.CancelledError as error:
+            if _given_up() or not self._open:
+                raise
+            self._open = False
+            raise _cancelled() from error
         except Exception as error:
             self._open = False
             raise _failed(error) from error
+
+
+def _given_up() -> bool:
+    """Whether it is our caller that has cancelled this; else Ray did, which lost the replica's node."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _cancelled() -> ReplicaLost:
+    log.warning("a call to a replica was cancelled by Ray")
+    return ReplicaLost(_unavailable("the model's replica was lost: try again", "replica_lost"))
 
 
 def _late() -> Refused:

@@ -63,7 +63,7 @@ async def played(script: list[Any]) -> AsyncIterator[Any]:
     for item in script:
         if item is None:
             await asyncio.sleep(60)
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         yield item
 
@@ -99,9 +99,9 @@ async def whole(call: Call) -> list[Any]:
     return [*await call.whole(lambda deltas: None), call.usage.prompt_tokens, call.usage.completion_tokens]
 
 
-@pytest.mark.parametrize("lost", [LOST, ActorDiedError()])
+@pytest.mark.parametrize("lost", [LOST, ActorDiedError(), asyncio.CancelledError()])  # Ray's, of a node cut off
 @pytest.mark.parametrize("before", [[], [Accepted(3)]])
-def test_an_unstarted_stream_is_sent_again(lost: Exception, before: list[Any]) -> None:
+def test_an_unstarted_stream_is_sent_again(lost: BaseException, before: list[Any]) -> None:
     seen, replicas = play(streamed, [*before, lost], [*before, lost], [Accepted(3), ONE, TWO])
     assert seen == [ONE, TWO, 3, 2]
     assert (replicas.calls, replicas.cancelled) == (3, 0)
