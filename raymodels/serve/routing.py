@@ -93,14 +93,10 @@ class Routes:
             except TimeoutError as error:
                 response.cancel()
                 raise _late() from error
-            except asyncio.CancelledError as error:
-                if _given_up():
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _given_up():
                     response.cancel()
                     raise
-                lost = _cancelled()
-                if not retries:
-                    raise lost from error
-            except Exception as error:
                 failure = _failed(error)
                 if not (retries and isinstance(failure, ReplicaLost)):
                     raise failure from error
@@ -269,12 +265,9 @@ class Call:
         except TimeoutError:
             self.cancel()
             raise
-        except asyncio.CancelledError as error:
-            if _given_up() or not self._open:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and (_given_up() or not self._open):
                 raise
-            self._open = False
-            raise _cancelled() from error
-        except Exception as error:
             self._open = False
             raise _failed(error) from error
 
@@ -283,11 +276,6 @@ def _given_up() -> bool:
     """Whether it is our caller that has cancelled this; else Ray did, which lost the replica's node."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _cancelled() -> ReplicaLost:
-    log.warning("a call to a replica was cancelled by Ray")
-    return ReplicaLost(_unavailable("the model's replica was lost: try again", "replica_lost"))
 
 
 def _late() -> Refused:
@@ -303,12 +291,12 @@ def _unavailable(message: str, code: str = "unavailable") -> Problem:
     return Problem(status=503, message=message, type="server_error", code=code, retry_after_s=RETRY_AFTER_S)
 
 
-def _failed(error: Exception) -> Refused:
+def _failed(error: BaseException) -> Refused:
     """Why a replica did not answer. The cause goes to the log: it may hold what is not for clients."""
     if isinstance(error, BackPressureError):
         return Refused(overloaded("the server is at its limit: try again later"))
     if _lost(error):
-        log.warning("a replica was lost with a request: %s", error)
+        log.warning("a replica was lost with a request: %r", error)
         return ReplicaLost(_unavailable("the model's replica was lost: try again", "replica_lost"))
     log.error("a replica failed", exc_info=error)
     if isinstance(error, RayServeException):
@@ -318,8 +306,10 @@ def _failed(error: Exception) -> Refused:
     )
 
 
-def _lost(error: Exception) -> bool:
+def _lost(error: BaseException) -> bool:
     """Whether the replica is gone, in the forms that Ray's actors, gRPC and Serve give it."""
+    if isinstance(error, asyncio.CancelledError):
+        return True
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     return isinstance(error, RayActorError | ReplicaUnavailableError) and not isinstance(error, RayTaskError)
