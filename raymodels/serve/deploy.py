@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 import time
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 import ray
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.api import RunTarget
 
@@ -29,12 +31,19 @@ from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
 from raymodels.serve.tls import check
 
+log = logging.getLogger(__name__)
+
 GATEWAY = "gateway"
 LOCAL = "127.0.0.1"
 # The gateway calls replicas by gRPC from its own event loop, instead of through actor calls made in another thread.
 DIRECTLY = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 POLL_S = 0.25
+WATCH_S = 5.0
 SHUTDOWN_S = 30.0
+MISSING = "MISSING"
+
+Unready = dict[str, tuple[str, str]]
+"""Of applications that are not running: status, and why."""
 
 
 @dataclass
@@ -49,14 +58,18 @@ class Endpoint:
     owns_ray: bool
 
     def wait(self) -> None:
-        """Block until the process is interrupted.
+        """Block until the process is interrupted, or the endpoint is ended by somebody else.
+
+        Serve replaces what has failed. So a lost replica or node is a warning in the log, not the endpoint's end.
 
         Raises:
-            ServeError: an application of the endpoint has failed.
+            ServeError: Serve has been shut down, or an application of the endpoint deleted.
         """
+        unready: Unready = {}
         while True:
-            _raise_failed(self.applications)
-            time.sleep(5)
+            before, unready = unready, _watch(self.applications, unready)
+            _log_changes(before, unready)
+            time.sleep(WATCH_S)
 
     def close(self) -> None:
         """Delete the endpoint's applications, and end whatever was started for it."""
@@ -299,9 +312,13 @@ def _free_port(host: str) -> int:
 
 
 def _wait_until_running(names: list[str], deadline: float, timeout_s: float) -> None:
-    while waiting := _raise_failed(names):
+    while unready := _unready(names):
+        for status, why in unready.values():
+            if status == "DEPLOY_FAILED":
+                raise ServeError(why)
         if time.monotonic() > deadline:
-            raise ServeError(f"not ready after start_timeout_s {timeout_s:g}: {'; '.join(waiting)}")
+            waiting = "; ".join(why for _, why in unready.values())
+            raise ServeError(f"not ready after start_timeout_s {timeout_s:g}: {waiting}")
         time.sleep(POLL_S)
 
 
@@ -317,17 +334,39 @@ def _wait_until_listening(url: str, deadline: float, timeout_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def _raise_failed(names: list[str]) -> list[str]:
-    """Why each application is not running yet; raises if one never will be."""
-    applications, waiting = serve.status().applications, []
+def _unready(names: list[str]) -> Unready:
+    applications, unready = serve.status().applications, {}
     for name in names:
         found = applications.get(name)
         if found is None:
-            waiting.append(f"{name} is not deployed")
+            unready[name] = (MISSING, f"{name} is not deployed")
         elif found.status != "RUNNING":
             causes = [found.message, *(state.message for state in found.deployments.values())]
             why = f"{name}: {' '.join(cause.strip() for cause in causes if cause) or found.status}"
-            if found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ServeError(why)
-            waiting.append(why)
-    return waiting
+            unready[name] = (str(found.status), why)
+    return unready
+
+
+def _watch(names: list[str], before: Unready) -> Unready:
+    """What is not running of an endpoint that was; as before while Serve's controller restarts, which ends no replica.
+
+    Raises:
+        ServeError: as `Endpoint.wait`.
+    """
+    try:
+        unready = _unready(names)
+    except RayActorError as error:
+        if _controller_lives():
+            return before
+        raise ServeError("Ray Serve was shut down by somebody else: serve again") from error
+    if missing := [name for name, (status, _) in unready.items() if status == MISSING]:
+        raise ServeError(f"{', '.join(missing)} of this endpoint was deleted by somebody else: serve again")
+    return unready
+
+
+def _log_changes(before: Unready, now: Unready) -> None:
+    for name, (status, why) in now.items():
+        if before.get(name) != (status, why):
+            log.warning("%s (Ray Serve goes on trying)", why)
+    for name in before.keys() - now.keys():
+        log.warning("%s: running again", name)

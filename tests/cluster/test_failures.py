@@ -8,6 +8,8 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import httpx
 import pytest
 
 from raymodels.config import ServeConfig, validate
+from raymodels.errors import ServeError
 from raymodels.registry import Registry
 from raymodels.serve.deploy import Endpoint, deploy
 
@@ -72,6 +75,24 @@ def test_a_replica_killed_under_load_loses_no_request(endpoint: Endpoint) -> Non
     assert all(text.endswith("data: [DONE]\n\n") or '"code":"replica_lost"' in text for text in events)
     assert all('"finish_reason"' in text for stream, _, text in answers if not stream)
     assert victim not in pids()
+
+
+def test_a_lost_replica_is_told_of_and_no_end(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("raymodels.serve.deploy.WATCH_S", 0.1)
+    watched = replace(endpoint, applications=[*endpoint.applications])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(watched.wait)
+        os.kill(next(iter(pids())), signal.SIGKILL)
+        deadline = time.monotonic() + 90
+        for told in ("UNHEALTHY", "tiny--v1: running again"):
+            while told not in caplog.text and not waiting.done():
+                assert time.monotonic() < deadline, caplog.text
+                time.sleep(0.1)
+        watched.applications.append("gone--v1")
+        with pytest.raises(ServeError, match="gone--v1 of this endpoint was deleted"):
+            waiting.result(30)
 
 
 @pytest.mark.parametrize("stream", [True, False])
