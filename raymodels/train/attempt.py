@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from raymodels import cluster, storage
 from raymodels.config import Config, dump
@@ -101,9 +102,16 @@ def run_attempt(
     return merged
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's, less its manager of Ray Data's datasets: a process more at every start, and none to manage here."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+
 def _trainer(config: Config, size: int, job: dict[str, Any], callback: Any) -> TorchTrainer:
     workers = config.workers
-    return TorchTrainer(
+    return _Trainer(
         work,
         train_loop_config=job,
         torch_config=TorchConfig(
