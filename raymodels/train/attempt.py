@@ -17,13 +17,13 @@ from types import FrameType
 from typing import Any
 
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.torch import TorchConfig
 
 from raymodels import cluster, storage
 from raymodels.config import Config, dump
 from raymodels.errors import StorageError
 from raymodels.train import signals
+from raymodels.train.controller import Kept, Trainer
 from raymodels.train.events import Event
 from raymodels.train.relay import relay
 from raymodels.train.verdict import Verdict
@@ -52,6 +52,7 @@ def run_attempt(
     history: dict[str, Any],
     on_event: Callable[[Event], None],
     evidence: Evidence,
+    kept: Kept,
     *,
     evaluate_only: bool = False,
 ) -> Event:
@@ -61,6 +62,7 @@ def run_attempt(
         prepared: the place of the prepared dataset.
         history: ``failures`` and ``seconds`` of the run before this attempt, and when it ``started`` (unix seconds).
         evidence: is filled in while the attempt runs.
+        kept: what is kept of Ray Train from one attempt to the next.
 
     Raises:
         Exception: what Ray Train raises when a worker fails.
@@ -93,7 +95,7 @@ def run_attempt(
         job = {"config": dump(config), "prepared": prepared, "attempt": number, "beats": beats, **history}
         job |= {"evaluate_only": evaluate_only}
         try:
-            _trainer(config, size, job, callback).fit()
+            _trainer(config, size, job, callback, kept).fit()
         except SystemExit as error:  # how Ray Train's own handler of Ctrl-C leaves, having ended the workers
             raise KeyboardInterrupt from error
         except Exception:
@@ -102,16 +104,10 @@ def run_attempt(
     return merged
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's, less its manager of Ray Data's datasets: a process more at every start, and none to manage here."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
-
-
-def _trainer(config: Config, size: int, job: dict[str, Any], callback: Any) -> TorchTrainer:
+def _trainer(config: Config, size: int, job: dict[str, Any], callback: Any, kept: Kept) -> Trainer:
     workers = config.workers
-    return _Trainer(
+    return Trainer(
+        kept,
         work,
         train_loop_config=job,
         torch_config=TorchConfig(

@@ -20,6 +20,7 @@ from raymodels.publish import publish
 from raymodels.registry import PREFIX, Registry, Version
 from raymodels.train import signals, zero
 from raymodels.train.attempt import Evidence, run_attempt
+from raymodels.train.controller import Kept
 from raymodels.train.divergence import go_back
 from raymodels.train.events import Event, Events
 from raymodels.train.faults import classify, write_log
@@ -61,13 +62,14 @@ def train(config: Config, on_event: Callable[[Event], None] | None = None) -> Ru
     with (
         Owner(config.place, lambda: signals.request(config.place, events.attempt, "replaced")) as owner,
         Events(config.place, on_event) as events,
+        Kept() as kept,
     ):
         _own(config, events)
         events(_described(prepared))
         preflight(config, events)
         found = layout.latest(config.place)
         finished = found is not None and found.step >= config.train.steps
-        phases = {} if finished else _attempts(config, prepared, events, owner)
+        phases = {} if finished else _attempts(config, prepared, events, owner, kept)
         checkpoint = layout.open_checkpoint(config.place)
         assert checkpoint.step == config.train.steps, checkpoint
         version = publish(config, checkpoint) if config.publish else None
@@ -92,7 +94,8 @@ def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) ->
     prepared, history = prepare_data(config, on_event), {"failures": 0, "seconds": 0.0, "started": time.time()}
     evidence, on_event = Evidence(), on_event or _ignore
     try:
-        report = run_attempt(config, prepared.place, 0, history, on_event, evidence, evaluate_only=True)
+        with Kept() as kept:
+            report = run_attempt(config, prepared.place, 0, history, on_event, evidence, kept, evaluate_only=True)
     except Exception as error:
         raise classify(error, evidence, config.retry, Counter()).error from error
     return {"step": report["step"], "eval_loss": report["eval_loss"]}
@@ -144,7 +147,7 @@ def _described(prepared: Prepared) -> Event:
     }
 
 
-def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner) -> dict[str, float]:
+def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, kept: Kept) -> dict[str, float]:
     """Attempt after attempt until the last step is committed; returns the start-up's seconds of the first."""
     phases: dict[str, float] = {}
     failed_before: Counter[str] = Counter()
@@ -168,7 +171,7 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner) 
         account, evidence = events.account, Evidence()
         history = {"failures": account.restarts, "seconds": account.wall, "started": account.attempts[-1].started}
         try:
-            report = run_attempt(config, prepared.place, number, history, events, evidence)
+            report = run_attempt(config, prepared.place, number, history, events, evidence, kept)
             left = report.get("left")
         except Exception as error:
             fault = classify(error, evidence, config.retry, failed_before)
