@@ -69,9 +69,20 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def exists(uri: str) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        StorageError: it cannot be told, as storage does not answer; a file must not be taken for gone then.
+    """
     fs, path = filesystem(uri)
     with _named("look for", uri):
-        return bool(fs.exists(path))
+        if not is_local(uri):
+            return bool(fs.exists(path))
+        try:
+            Path(path).stat()  # fsspec, for one, takes every error for absence
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
@@ -188,10 +199,14 @@ def list_names(uri: str) -> list[str]:
 
 
 def walk(uri: str) -> dict[str, int]:
-    """Every file below a place: path relative to it -> size in bytes, sorted by path."""
+    """Every file below a place: path relative to it -> size in bytes, sorted by path; none if it does not exist.
+
+    Raises:
+        StorageError: a part of it cannot be listed.
+    """
     fs, root = filesystem(uri)
     with _named("list", uri):
-        found = fs.find(root, detail=True)
+        found = _files_below(root) if is_local(uri) else fs.find(root, detail=True)
     root = root.rstrip("/") + "/"
     return {path.removeprefix(root): info["size"] for path, info in sorted(found.items())}
 
@@ -199,8 +214,8 @@ def walk(uri: str) -> dict[str, int]:
 def delete(uri: str) -> None:
     """Remove a file or folder with all it holds; nothing happens if it is not there."""
     fs, path = filesystem(uri)
-    with _named("delete", uri):
-        if fs.exists(path):
+    if exists(uri):
+        with _named("delete", uri):
             fs.rm(path, recursive=True)
 
 
@@ -244,6 +259,21 @@ def _named(doing: str, place: str) -> Iterator[None]:
         if is_local(place) and not isinstance(error, OSError):
             raise
         raise StorageError(f"cannot {doing} {place}: {error or type(error).__name__}") from error
+
+
+def _files_below(root: str) -> dict[str, dict[str, int]]:
+    """As fsspec's ``find`` on a disk, which leaves out the folders that it fails to list."""
+    found: dict[str, dict[str, int]] = {}
+    for folder, _, names in os.walk(root, onerror=_unless_gone):
+        for path in (Path(folder, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                found[str(path)] = {"size": path.stat().st_size}
+    return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _make_folder(path: Path) -> None:

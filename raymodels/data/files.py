@@ -54,7 +54,7 @@ def list_files(source: str) -> list[File]:
             base = posixpath.dirname(path[: min(path.index(sign) for sign in "*?[" if sign in path)])
             found = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
         elif fs.isdir(path):
-            base, found = path, fs.find(path, detail=True)
+            base, found = path, _below(fs, place, path)
             found = {name: info for name, info in found.items() if not _hidden(posixpath.relpath(name, base))}
         elif fs.exists(path):
             base, found = posixpath.dirname(path), {path: fs.info(path)}
@@ -138,6 +138,15 @@ def reading(what: str, *errors: type[Exception]) -> Iterator[None]:
 def _file(fs: Any, path: str, name: str, info: dict[str, Any]) -> File:
     uri = path if "file" in fs.protocol else fs.unstrip_protocol(path)
     return File(uri, name, info["size"], str(next(info[key] for key in STAMPS if key in info)))
+
+
+def _below(fs: Any, place: str, path: str) -> dict[str, dict[str, Any]]:
+    """Every file of a folder. On a disk fsspec's ``find`` would leave out what it fails to list, without a word."""
+    if not storage.is_local(place):
+        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+        return found
+    files = (posixpath.join(path, name) for name in storage.walk(place))
+    return {file: fs.info(file) for file in files}
 
 
 def _hidden(relative: str) -> bool:

@@ -100,6 +100,21 @@ def test_listing(place: str) -> None:
     assert storage.walk(place) == storage.walk(place + "/") == {"a/deep/y": 3, "a/x": 1, "b": 2}
 
 
+@pytest.mark.parametrize("call", [storage.exists, storage.walk, storage.list_names, storage.delete])
+def test_what_does_not_answer_is_not_taken_for_absent(call: object, tmp_path: Path) -> None:
+    """A disk that is away for a moment answers with an error; here a link that leads to itself does."""
+    (tmp_path / "away").symlink_to(tmp_path / "away")
+    with pytest.raises(StorageError, match=rf"{tmp_path}/away/x: .*Too many levels"):
+        call(f"{tmp_path}/away/x")  # type: ignore[operator]
+
+
+def test_a_folder_is_not_walked_in_part(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/b", b"1")
+    (tmp_path / "away").symlink_to(tmp_path / "away")
+    with pytest.raises(StorageError, match=f"cannot list {tmp_path}"):
+        storage.walk(str(tmp_path))
+
+
 def test_delete_takes_files_and_folders(place: str) -> None:
     for name in ("a/x", "a/y", "b"):
         storage.write_bytes(storage.join(place, name), b"1")

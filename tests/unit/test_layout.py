@@ -1,0 +1,32 @@
+"""Which checkpoints of a run count, whatever storage answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raymodels import manifest, storage
+from raymodels.checkpoint import layout
+from raymodels.errors import StorageError
+
+
+def commit(run: str, step: int) -> str:
+    """A committed checkpoint with one file."""
+    place = layout.step_place(run, step)
+    storage.write_bytes(f"{place}/zero/part", b"1")
+    manifest.commit(place, manifest.describe(place))
+    return place
+
+
+def test_a_checkpoint_on_storage_that_is_away_is_neither_swept_nor_passed_over(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    place = Path(commit(run, 2))
+    place.rename(tmp_path / "kept")
+    place.symlink_to(place)  # every look at it is an error now, as on a disk that is away for a moment
+    for call in (layout.sweep, layout.committed, layout.latest):
+        with pytest.raises(StorageError, match="step-00000002"):
+            call(run)
+    place.unlink()
+    (tmp_path / "kept").rename(place)
+    assert [checkpoint.step for checkpoint in layout.committed(run)] == [2]
