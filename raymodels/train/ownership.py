@@ -7,7 +7,6 @@ was silent for so long, and comes back to find a successor, is told.
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import threading
@@ -47,11 +46,13 @@ class Owner:
                 raise self._in_use(last)
         self._number = (numbers or [0])[-1] + 1
         me = psutil.Process()
-        self._me = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time(), "since": time.time()}
+        self._me = {"host": socket.gethostname(), "pid": me.pid, "born": _born(me), "since": time.time()}
         try:
             storage.create(self._place(self._number), self._content(released=False))
         except AlreadyExists:
-            raise self._in_use(storage.read_json(self._place(self._number))) from None
+            found: dict[str, Any] = storage.read_json(self._place(self._number))
+            if not self._me.items() <= found.items():  # else it is ours: the answer got lost, and it was sent again
+                raise self._in_use(found) from None
         for number in numbers[:-1]:  # somebody may be reading the last
             storage.delete(self._place(number))
         self._refresher = threading.Thread(target=self._refresh, daemon=True)
@@ -99,11 +100,14 @@ class Owner:
 def _alive(owner: dict[str, Any]) -> bool:
     if owner["host"] != socket.gethostname():
         return bool(time.time() - owner["seen"] < SILENT_SECONDS)
-    if owner["pid"] == os.getpid():
-        return True
     try:
         process = psutil.Process(owner["pid"])
-        same = abs(process.create_time() - owner["born"]) < 1.0
+        same = abs(_born(process) - owner["born"]) < 1.0
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def _born(process: psutil.Process) -> float:
+    """When a process of this host began, in seconds since the host did: a wall clock that is set moves neither."""
+    return float(process.create_time() - psutil.boot_time())

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from raymodels import storage
@@ -116,6 +117,37 @@ def test_a_process_that_has_taken_over_the_number_is_another(tmp_path: Path) -> 
     claim(str(tmp_path), host=socket.gethostname(), pid=1, born=12345.0)
     with Owner(str(tmp_path)):
         pass
+
+
+def test_a_process_that_has_taken_over_the_number_may_be_this_one(tmp_path: Path) -> None:
+    """In a container every driver is process 1, also the one that is started after a kill -9."""
+    claim(str(tmp_path), host=socket.gethostname(), pid=os.getpid(), born=0.0)
+    with Owner(str(tmp_path)):
+        assert recorded(str(tmp_path))["born"] > 0
+
+
+def test_a_clock_that_is_set_makes_no_owner_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Owner(str(tmp_path)):
+        begun = psutil.boot_time()
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: begun + 30)  # as the kernel reckons it
+        with pytest.raises(RunInUse, match=f"by process {os.getpid()} on"), Owner(str(tmp_path)):
+            pass
+
+
+def test_who_created_the_file_owns_the_run_though_the_answer_was_lost(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of NFS or S3 that hears nothing asks again, and is told that the name is taken: by itself."""
+    create = storage.create
+
+    def asked_twice(uri: str, data: bytes) -> None:
+        create(uri, data)
+        create(uri, data)
+
+    monkeypatch.setattr(storage, "create", asked_twice)
+    with Owner(place), pytest.raises(RunInUse), Owner(place):
+        pass
+    assert recorded(place)["released"]
 
 
 def test_an_owner_on_another_host_counts_until_it_has_been_silent(tmp_path: Path) -> None:
