@@ -63,7 +63,8 @@ class Shards:
                     piece = tensors.Piece(storage.join(place, file), start, numel, byte)
                     self._pieces.setdefault(f"{kind}/{name}", []).append(piece)
         for key, pieces in self._pieces.items():
-            pieces.sort(key=lambda piece: piece.start)
+            # One without elements, of a parameter smaller than the ranks, begins where the next does.
+            pieces.sort(key=lambda piece: (piece.start, piece.numel))
             _check_cover(place, key, pieces, prod(self.shapes[key.partition("/")[2]]))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:

@@ -176,3 +176,15 @@ def test_a_range_beyond_the_file_is_refused(place: str) -> None:
     [(byte, _)] = tensors.read_header(file)[0].values()
     with pytest.raises(StorageError, match="it ends before byte"):
         tensors.read([tensors.Piece(file, 0, 20, byte)], 0, 20)
+
+
+def test_a_parameter_smaller_than_the_ranks_is_whole_in_whatever_order_the_files_were_read() -> None:
+    """Of three ranks at stage 0, the last holds its one element. Two ranks that load it read every second file."""
+    headers = {
+        f"shard-{rank}": (
+            {f"{kind}/scale": (8, numel) for kind in KINDS},
+            {"fragments": {"scale": (0, (1,))}},
+        )
+        for rank, numel in ((0, 0), (2, 1), (1, 0))
+    }
+    assert Shards("place", headers).shapes == {"scale": (1,)}
