@@ -28,17 +28,30 @@ class Board:
         self._open()
 
     def chart(self, report: dict[str, Any]) -> None:
+        """Add a report's scalars.
+
+        Raises:
+            StorageError: files that ended were not uploaded; they are with the next ones.
+            OSError: the local disk did not take it.
+        """
+        try:
+            for name in SCALARS:
+                if name in report:
+                    self._writer.add_scalar(name, report[name], report["step"])
+            for rank, held in enumerate(report["memory_bytes"]):
+                self._writer.add_scalar(f"memory_bytes/rank{rank}", held, report["step"])
+        except OSError:
+            self._open()  # TensorBoard's writer does not recover from a disk that was full
+            raise
         if time.monotonic() - self._opened > ROLL_SECONDS:
-            self._upload()
+            self._writer.close()
+            ended = self._files()
             self._open()
-        for name in SCALARS:
-            if name in report:
-                self._writer.add_scalar(name, report[name], report["step"])
-        for rank, held in enumerate(report["memory_bytes"]):
-            self._writer.add_scalar(f"memory_bytes/rank{rank}", held, report["step"])
+            self._upload(ended)
 
     def close(self) -> None:
-        self._upload()
+        self._writer.close()
+        self._upload(self._files())
         if self._local:
             self._local.cleanup()
 
@@ -46,9 +59,10 @@ class Board:
         self._opened = time.monotonic() if self._local else float("inf")  # files on a disk need no roll
         self._writer = SummaryWriter(self._local.name if self._local else self._target)
 
-    def _upload(self) -> None:
-        self._writer.close()
-        if self._local:
-            for file in Path(self._local.name).iterdir():
-                storage.copy_file(str(file), storage.join(self._target, file.name))
-                file.unlink()
+    def _files(self) -> list[Path]:
+        return list(Path(self._local.name).iterdir()) if self._local else []
+
+    def _upload(self, files: list[Path]) -> None:
+        for file in files:
+            storage.copy_file(str(file), storage.join(self._target, file.name))
+            file.unlink()

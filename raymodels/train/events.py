@@ -34,7 +34,7 @@ class Events:
             self._driver = max(self._driver, event.get("driver", 0) + 1)
         self._journal = Journal(run)
         self._board = Board(run)
-        self._failed = self._warned = False
+        self._failed = self._warned = self._uncharted = False
 
     def __call__(self, event: Event) -> None:
         with self._lock:
@@ -42,7 +42,7 @@ class Events:
             self._ledger.add(event)
             self._write(event)
             if event["kind"] == "report":
-                self._board.chart(event)
+                self._chart(event)
             gauges.show(self._name, event, self.account)
             if event["kind"] in ("started", "failed"):
                 self._failed = event["kind"] == "failed"
@@ -70,6 +70,15 @@ class Events:
                 self._on_event({"kind": "notice", "text": f"{error}: training goes on, its events wait in memory"})
             self._warned = True
 
+    def _chart(self, report: Event) -> None:
+        try:
+            self._board.chart(report)
+            self._uncharted = False
+        except (OSError, StorageError) as error:
+            if not self._uncharted and self._on_event:
+                self._on_event({"kind": "notice", "text": f"TensorBoard's charts: {error}; training goes on"})
+            self._uncharted = True
+
     def __enter__(self) -> Self:
         return self
 
@@ -81,6 +90,6 @@ class Events:
         try:
             self._journal.flush()
             self._board.close()
-        except StorageError:
+        except (OSError, StorageError):
             if error is None:  # else the run's own error is the one to show
                 raise

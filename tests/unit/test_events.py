@@ -57,11 +57,51 @@ def test_on_an_object_store_charts_are_uploaded_in_files(
         events(STARTED)
         for step in (5, 6, 7):
             events(report(step))
-        assert len(storage.list_names(f"{bucket}/run/tensorboard")) == 3  # empty, 5 and 6; 7 is still being written
+        assert len(storage.list_names(f"{bucket}/run/tensorboard")) == 3  # one a report
     for name in storage.list_names(f"{bucket}/run/tensorboard"):
         storage.copy_file(f"{bucket}/run/tensorboard/{name}", str(tmp_path / "copied" / name))
     assert sorted(charted(tmp_path / "copied")["loss"]) == [5, 6, 7]
     assert [event["kind"] for event in read(f"{bucket}/run").events] == ["started", "report", "report", "report"]
+
+
+def test_charts_that_storage_refuses_end_no_training_and_are_uploaded_later(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "ROLL_SECONDS", 0.0)
+    run, heard = f"{bucket}-not-yet/run", list[dict[str, Any]]()
+    fs, path = storage.filesystem(f"{bucket}-not-yet")
+    fs.mkdir(path)
+    with Events(run, heard.append) as events:
+        events(report(5))
+        fs.rm(path, recursive=True)
+        events(report(6))
+        events(report(7))
+        fs.mkdir(path)
+        events(report(8))
+    assert [event["step"] for event in heard if event["kind"] == "report"] == [5, 6, 7, 8]
+    assert sum("TensorBoard's charts" in event.get("text", "") for event in heard) == 1
+    for name in storage.list_names(f"{run}/tensorboard"):
+        storage.copy_file(f"{run}/tensorboard/{name}", str(tmp_path / name))
+    assert sorted(charted(tmp_path)["loss"]) == [6, 7, 8]  # the first went with the bucket
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
+def test_a_full_disk_ends_no_training(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    with Events(str(tmp_path), heard.append) as events:
+        events(report(5))
+        [file] = (tmp_path / "tensorboard").iterdir()
+        file.unlink()
+        file.symlink_to("/dev/full")
+        events(report(6))
+        with pytest.raises(OSError, match="No space left"):
+            events._board._writer.flush()  # so that its thread has come upon it
+        events(report(7))
+        events(report(8))
+    assert [event["step"] for event in heard if event["kind"] == "report"] == [5, 6, 7, 8]
+    assert sum("No space left" in event.get("text", "") for event in heard) == 1
+    file.unlink()
+    assert charted(tmp_path / "tensorboard")["loss"] == [8]
 
 
 def test_another_driver_knows_what_came_before(tmp_path: Path) -> None:
