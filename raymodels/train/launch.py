@@ -14,7 +14,7 @@ from raymodels.checkpoint import layout
 from raymodels.config import Config, changed_settings, difference, dump, from_yaml, to_yaml
 from raymodels.data.dataset import Prepared
 from raymodels.data.prepare import prepare
-from raymodels.errors import AlreadyExists, ConfigError, Diverged, Stopped
+from raymodels.errors import AlreadyExists, ConfigError, Diverged, Stopped, StorageError
 from raymodels.models.build import architecture
 from raymodels.publish import publish
 from raymodels.registry import PREFIX, Registry, Version
@@ -27,6 +27,8 @@ from raymodels.train.faults import classify, write_log
 from raymodels.train.origin import starting_point
 from raymodels.train.ownership import Owner
 from raymodels.train.planner import preflight, relief
+
+PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) ->
         CheckpointError: the run has no committed checkpoint.
     """
     config = resolved(config)
-    layout.open_checkpoint(config.place)
+    found = layout.open_checkpoint(config.place)
     _refuse_another(config)
     prepared, history = prepare_data(config, on_event), {"failures": 0, "seconds": 0.0, "started": time.time()}
+    history["resumed_from_step"] = found.step
     evidence, on_event = Evidence(), on_event or _ignore
     try:
         with Kept() as kept:
@@ -152,10 +155,9 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
     phases: dict[str, float] = {}
     failed_before: Counter[str] = Counter()
     while True:
-        number = events.attempt + 1
-        signals.forget(config.place)
-        layout.sweep(config.place)
-        found = layout.latest(config.place)
+        number, found = events.attempt + 1, _cleared(config, owner)
+        if found is not None and found.step >= config.train.steps:
+            return phases  # the attempt before had committed the last step when it failed
         workers = [config.workers.least, config.workers.most]
         events(
             {
@@ -170,6 +172,7 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
         )
         account, evidence = events.account, Evidence()
         history = {"failures": account.restarts, "seconds": account.wall, "started": account.attempts[-1].started}
+        history["resumed_from_step"] = found.step if found else 0
         try:
             report = run_attempt(config, prepared.place, number, history, events, evidence, kept)
             left = report.get("left")
@@ -182,6 +185,7 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
             if not fault.retry:
                 raise fault.error from error
             if isinstance(fault.error, Diverged):
+                owner.confirm()
                 go_back(config.place, fault.error)
             failed_before[fault.kind] += 1
             continue
@@ -193,6 +197,25 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
         if left == "terminated":
             raise Stopped(f"asked to stop (SIGTERM) after step {report['step']}, which is committed: start it again")
         events(_failure(number, LEFT[left], f"left after step {report['step']}, having saved", "none needed", True))
+
+
+def _cleared(config: Config, owner: Owner) -> layout.Checkpoint | None:
+    """Clear up what the attempt before has left, and say from where the next one goes on.
+
+    Storage that fails is tried again for ``checkpoint.retry_s``, as by a save: it may be what ended that attempt. A
+    driver that another has replaced meanwhile touches nothing, as that one's saves look like remains.
+    """
+    deadline = time.monotonic() + config.checkpoint.retry_s
+    while True:
+        try:
+            owner.confirm()
+            signals.forget(config.place)
+            layout.sweep(config.place)
+            return layout.latest(config.place)
+        except StorageError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE_S)
 
 
 # What the ledger calls the reasons for which workers leave early.

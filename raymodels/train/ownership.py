@@ -59,6 +59,15 @@ class Owner:
         self._refresher.start()
         return self
 
+    def confirm(self) -> None:
+        """Only go on where nobody else has taken over.
+
+        Raises:
+            RunInUse: somebody has.
+        """
+        if max(self._numbers(), default=0) > self._number:  # none: the folder has just gone
+            raise self.replaced()
+
     def replaced(self) -> RunInUse:
         """The error of an owner that another has replaced."""
         return self._in_use(storage.read_json(self._place(self._numbers()[-1])))
