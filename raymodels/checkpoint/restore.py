@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from math import prod
 from typing import Any, TypeVar
@@ -15,11 +17,15 @@ from raymodels.checkpoint.rest import load_rest
 from raymodels.checkpoint.shards import Headers, Shards, read_headers
 from raymodels.errors import CheckpointError, IntegrityError, RaymodelsError, StorageError
 
+VISIBLE_S, PAUSE_S = 90.0, 1.0  # NFS clients show a folder as it was up to 60 s before
 T = TypeVar("T")
 
 
-def restore_newest(engine: Any, run: str, warn: Callable[[str], None]) -> layout.State | None:
+def restore_newest(engine: Any, run: str, warn: Callable[[str], None], known: int = 0) -> layout.State | None:
     """Load a run's newest whole checkpoint; a damaged one is taken out of those that count, with a warning. Collective.
+
+    Args:
+        known: the step of a checkpoint that others see, or 0.
 
     Returns:
         What the loaded one says of itself; None if the run has none at all.
@@ -27,9 +33,10 @@ def restore_newest(engine: Any, run: str, warn: Callable[[str], None]) -> layout
     Raises:
         IntegrityError: there are some, and none is whole. Starting afresh is for the user to decide.
         CheckpointError: the newest whole one is of another model, or did not load.
-        StorageError: one cannot be read, which proves no damage.
+        StorageError: one cannot be read, which proves no damage; or the known one is not to be seen.
     """
-    candidates = _of_rank_0(layout.committed(run))  # on NFS the ranks may not see the same at once
+    # On NFS the ranks may not see the same at once.
+    candidates = _of_rank_0(visible(run, known) if dist.get_rank() == 0 else [])
     damaged: list[tuple[layout.Checkpoint, str]] = []
     for checkpoint in reversed(candidates):
         try:
@@ -48,6 +55,25 @@ def restore_newest(engine: Any, run: str, warn: Callable[[str], None]) -> layout
             "another run.name"
         )
     return None
+
+
+def visible(run: str, known: int) -> list[layout.Checkpoint]:
+    """The checkpoints that count, oldest first, once the known one or a newer one is among them: NFS may show it late.
+
+    Raises:
+        StorageError: it does not appear. To start afresh then would train a second model.
+    """
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        found = layout.committed(run)
+        if not known or (found and found[-1].step >= known):
+            return found
+        if time.monotonic() >= deadline:
+            raise StorageError(
+                f"the checkpoint after step {known} in {run}, which the driver sees, is not to be seen from "
+                f"{socket.gethostname()}: run.storage must be one place that all nodes share"
+            )
+        time.sleep(PAUSE_S)
 
 
 def restore(engine: Any, checkpoint: layout.Checkpoint) -> layout.State:

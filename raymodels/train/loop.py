@@ -51,13 +51,16 @@ class Session:
     flops_per_token: float
 
 
-def open_session(config: Config, prepared_place: str, phases: Phases, warn: Callable[[str], None]) -> Session:
+def open_session(
+    config: Config, prepared_place: str, phases: Phases, warn: Callable[[str], None], known: int = 0
+) -> Session:
     """Everything a rank needs to train or evaluate, restored from the newest whole checkpoint. Collective.
 
     Args:
         prepared_place: what `raymodels.data.prepare.prepare` made.
         phases: of the start-up so far; the ones measured here are added.
         warn: is told of checkpoints that were damaged and left out.
+        known: the step of the newest checkpoint that the driver sees, or 0.
     """
     seq_len = config.data.seq_len
     with phases("data"):
@@ -72,7 +75,7 @@ def open_session(config: Config, prepared_place: str, phases: Phases, warn: Call
     with phases("engine"):
         engine = make_engine(config, model)
     with phases("restore"):
-        state = restore_newest(engine, config.place, warn) or _state(config, prepared.fingerprint, 0, 0, {})
+        state = restore_newest(engine, config.place, warn, known) or _state(config, prepared.fingerprint, 0, 0, {})
         _same_data(state, prepared.fingerprint)
     return Session(
         config=config,

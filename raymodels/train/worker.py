@@ -15,7 +15,8 @@ def work(job: dict[str, Any]) -> None:
 
     Args:
         job: ``config`` as plain data, ``prepared`` (a place), ``attempt``, ``started`` (unix seconds), ``beats`` (the
-            folder of `Heart`), ``failures`` and ``seconds`` of the run before this attempt, and ``evaluate_only``.
+            folder of `Heart`), ``failures`` and ``seconds`` of the run before this attempt, ``resumed_from_step`` (the
+            newest checkpoint that the driver sees, or 0), and ``evaluate_only``.
     """
     import ray.train
 
@@ -49,7 +50,7 @@ def _train(job: dict[str, Any], phases: Phases, world_size: int) -> None:
         from raymodels.train.signals import Signals
     torch.set_num_threads(max(1, int(config.workers.cpus)))
     warnings: list[str] = []
-    session = loop.open_session(config, job["prepared"], phases, warnings.append)
+    session = loop.open_session(config, job["prepared"], phases, warnings.append, job["resumed_from_step"])
 
     def report(news: dict[str, Any]) -> None:
         with phases("report"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from raymodels import manifest, storage
-from raymodels.checkpoint import layout
+from raymodels.checkpoint import layout, restore
 from raymodels.errors import StorageError
 
 
@@ -30,3 +31,20 @@ def test_a_checkpoint_on_storage_that_is_away_is_neither_swept_nor_passed_over(t
     place.unlink()
     (tmp_path / "kept").rename(place)
     assert [checkpoint.step for checkpoint in layout.committed(run)] == [2]
+
+
+def test_a_host_that_does_not_see_what_the_driver_sees_starts_nothing_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore, "PAUSE_S", 0.01)
+    run = str(tmp_path / "run")
+    assert restore.visible(run, 0) == []
+    commit(run, 2)
+    assert [checkpoint.step for checkpoint in restore.visible(run, 2)] == [2]
+    late = threading.Timer(0.2, commit, (run, 4))
+    late.start()
+    assert [checkpoint.step for checkpoint in restore.visible(run, 4)] == [2, 4]
+    monkeypatch.setattr(restore, "VISIBLE_S", 0.05)
+    for place in (run, str(tmp_path / "not-mounted")):
+        with pytest.raises(StorageError, match=r"after step 6 in .* run\.storage must be one place"):
+            restore.visible(place, 6)
