@@ -220,7 +220,8 @@ def delete(uri: str) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    with _named("copy", f"{source} to {target}"), open_file(source) as reader, open_file(target, "wb") as writer:
+    """Copy one file as `create_stream` writes it: on return the copy survives a power cut."""
+    with _named("copy", f"{source} to {target}"), open_file(source) as reader, create_stream(target) as writer:
         shutil.copyfileobj(reader, writer, CHUNK)
 
 
@@ -298,7 +299,9 @@ def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)  # unlike rename, link fails where the name is taken; also over NFS
     except FileExistsError as error:
-        raise AlreadyExists(f"{path} already exists") from error
+        # An NFS client whose answer got lost asks again, and hears that the name is taken: by this very file.
+        if temporary.stat().st_nlink == 1:
+            raise AlreadyExists(f"{path} already exists") from error
     finally:
         temporary.unlink()
     sync_folder(path.parent)

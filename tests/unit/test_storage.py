@@ -72,6 +72,19 @@ def test_what_is_streamed_survives_a_power_cut_with_its_folders(
     assert synced == {(tmp_path / name).stat().st_ino for name in ("", "a", "a/b", "a/b/c")}
 
 
+def test_what_is_copied_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, synced = os.fsync, set()
+
+    def recording(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    (tmp_path / "a").write_bytes(b"1")
+    storage.copy_file(f"{tmp_path}/a", f"{tmp_path}/copies/a")
+    assert synced == {(tmp_path / name).stat().st_ino for name in ("", "copies", "copies/a")}
+
+
 def test_json(place: str) -> None:
     value = {"b": [1, 2.5, None], "a": "naïve"}
     storage.write_json(f"{place}/x.json", value)
@@ -150,6 +163,20 @@ def test_one_of_several_creators_wins(place: str) -> None:
         [winner] = [writer for writer in pool.map(create, range(WRITERS)) if writer is not None]
     assert storage.read_bytes(f"{place}/taken") == b"%d" % winner * 10_000
     assert storage.list_names(place) == ["taken"]
+
+
+def test_a_creator_whose_answer_was_lost_on_nfs_has_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def asked_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    storage.create(f"{tmp_path}/a", b"1")
+    with pytest.raises(AlreadyExists):
+        storage.create(f"{tmp_path}/a", b"2")
+    assert storage.list_names(str(tmp_path)) == ["a"] and storage.read_bytes(f"{tmp_path}/a") == b"1"
 
 
 def test_one_of_several_processes_wins(tmp_path: Path) -> None:
