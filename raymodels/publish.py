@@ -14,7 +14,8 @@ from raymodels.registry import Registry, Version
 def publish(config: Config, checkpoint: Checkpoint) -> Version:
     """Export a checkpoint of a run and publish it as ``config.publish`` says.
 
-    A checkpoint that is published under this name already is not published again; its version is returned.
+    A checkpoint that is published under this name already is not published again; its version is returned. Its alias
+    is moved to it once: a finished run that is started again takes nothing back from the versions after it.
 
     Raises:
         IntegrityError: the checkpoint or the copy is damaged.
@@ -39,6 +40,6 @@ def publish(config: Config, checkpoint: Checkpoint) -> Version:
         with tempfile.TemporaryDirectory(prefix="raymodels-export-") as folder:
             export(checkpoint, folder)
             version = registry.publish(name, folder, card)
-    if (alias := config.publish.alias) and registry.aliases(name).get(alias) != version.number:
+    if (alias := config.publish.alias) and not registry.has_held(name, alias, version.number):
         registry.set_alias(name, alias, version.number)
     return version

@@ -97,6 +97,11 @@ class Registry:
         generation = self._alias_generation(name)
         return self._aliases_at(name, generation)
 
+    def has_held(self, name: str, alias: str, number: int) -> bool:
+        """Whether an alias points at a version, or ever did."""
+        generations = range(self._alias_generation(name), 0, -1)
+        return any(self._aliases_at(name, generation).get(alias) == number for generation in generations)
+
     def resolve(self, reference: str) -> Version:
         """The version that NAME (its newest), NAME@3 or NAME@alias stands for.
 

@@ -82,6 +82,15 @@ def test_a_moved_alias_can_be_moved_back(registry: Registry, model_dir: str) -> 
     assert registry.resolve("lm@prod").number == 1
 
 
+def test_it_is_known_where_an_alias_has_been(registry: Registry, model_dir: str) -> None:
+    for _ in range(3):
+        registry.publish("lm", model_dir, {})
+    for number in (1, 3):
+        registry.set_alias("lm", "prod", number)
+    assert [registry.has_held("lm", "prod", number) for number in (1, 2, 3)] == [True, False, True]
+    assert not registry.has_held("lm", "canary", 1)
+
+
 def test_an_alias_that_is_elsewhere_is_not_moved(registry: Registry, model_dir: str) -> None:
     for _ in range(2):
         registry.publish("lm", model_dir, {}, alias="prod")
