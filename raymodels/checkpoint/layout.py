@@ -107,17 +107,23 @@ def record_samples(run: str, begin: int, digests: list[str]) -> None:
 def samples(run: str) -> dict[int, str]:
     """The digest of the sample ids that each committed step was really fed, by step counted from 0."""
     found: dict[int, str] = {}
-    for name in storage.list_names(storage.join(run, SAMPLES)):
+    names = storage.list_names(storage.join(run, SAMPLES))  # a write that was cut short leaves others
+    for name in filter(re.compile(r"\d{8,}\.json").fullmatch, names):
         part = storage.read_json(storage.join(run, SAMPLES, name))
         found |= {part["begin"] + index: digest for index, digest in enumerate(part["digests"])}
     return found
 
 
 def retain(run: str, keep: int) -> None:
-    """Delete all but the newest ``keep`` committed checkpoints; the manifest goes first, so none is half there."""
-    for checkpoint in committed(run)[:-keep]:
-        storage.delete(storage.join(checkpoint.place, manifest.FILE))
-        storage.delete(checkpoint.place)
+    """Delete what is older than the newest ``keep`` committed checkpoints, also what failed saves and deletions left.
+
+    The manifest goes first, so none is half there. Damaged ones are kept.
+    """
+    kept = committed(run)[-keep:]
+    for place in [step_place(run, step) for step in _steps(run) if kept and step < kept[0].step]:
+        if manifest.is_committed(place) or not storage.exists(storage.join(place, DAMAGED)):
+            storage.delete(storage.join(place, manifest.FILE))
+            storage.delete(place)
 
 
 def disown(checkpoint: Checkpoint, reason: str) -> None:

@@ -48,3 +48,23 @@ def test_a_host_that_does_not_see_what_the_driver_sees_starts_nothing_afresh(
     for place in (run, str(tmp_path / "not-mounted")):
         with pytest.raises(StorageError, match=r"after step 6 in .* run\.storage must be one place"):
             restore.visible(place, 6)
+
+
+def test_retention_also_takes_what_failed_saves_and_deletions_have_left_but_no_evidence(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    places = {step: commit(run, step) for step in range(1, 6)}
+    storage.delete(f"{places[1]}/{manifest.FILE}")  # a deletion that got no further
+    storage.write_bytes(f"{layout.step_place(run, 6)}/zero/part", b"half")  # a save that is under way
+    for step in (2, 3):
+        layout.disown(layout.Checkpoint(places[step], step), "a bit flipped")
+    commit(run, 3)  # came to again, and saved
+    layout.retain(run, 2)
+    assert [checkpoint.step for checkpoint in layout.committed(run)] == [4, 5]
+    left = storage.list_names(f"{run}/checkpoints")
+    assert left == ["step-00000002", "step-00000004", "step-00000005", "step-00000006"]
+
+
+def test_digests_of_samples_are_read_beside_what_a_write_cut_short_has_left(tmp_path: Path) -> None:
+    layout.record_samples(str(tmp_path), 3, ["a", "b"])
+    storage.write_bytes(f"{tmp_path}/samples/.00000007.json.0123456789abcdef", b"{")
+    assert layout.samples(str(tmp_path)) == {3: "a", 4: "b"}
