@@ -124,10 +124,10 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
                 raise decision.error()
             metrics |= {"loss": taken.loss, "grad_norm": taken.grad_norm}
 
-        # Where another driver has taken over, the checkpoints are its own.
-        last = done == settings.steps or taken.leave not in (None, "replaced")
+        mine = taken.leave != "replaced"  # where another driver has taken over, the checkpoints are its own
+        last = mine and (done == settings.steps or taken.leave is not None)
         evaluate_now = done == settings.steps or done % config.eval.every == 0
-        save_now = last or taken.save
+        save_now = last or (mine and taken.save)
         if not (evaluate_now or save_now or first or taken.leave or done % settings.report_every == 0):
             continue
         metrics |= {"learning_rate": learning_rate(settings, step), **meter.read()}

@@ -38,13 +38,14 @@ class Signals:
 
     def __init__(self, run: str, attempt: int, preempted: Callable[[], bool] = lambda: False) -> None:
         self._place, self._attempt, self._preempted = storage.join(run, FOLDER), attempt, preempted
-        self._heard: Reason | None = None
+        self._heard: set[Reason] = set()
         self._over = threading.Event()
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def heard(self) -> Reason | None:
-        """Why this rank would leave now."""
-        return "preempted" if self._preempted() else self._heard
+        """Why this rank would leave now: of several reasons the first of `REASONS`."""
+        heard = self._heard | {"preempted"} if self._preempted() else self._heard
+        return next((reason for reason in REASONS if reason in heard), None)
 
     def _listen(self) -> None:
         while not self._over.wait(POLL_SECONDS):
@@ -52,9 +53,7 @@ class Signals:
                 names = storage.list_names(self._place)
             except StorageError:
                 continue  # asked again in a second; saving will say what is wrong with the storage
-            for reason in REASONS:
-                if f"{self._attempt}-{reason}" in names:
-                    self._heard = reason
+            self._heard |= {reason for reason in REASONS if f"{self._attempt}-{reason}" in names}
 
     def __enter__(self) -> Self:
         if dist.get_rank() == 0:

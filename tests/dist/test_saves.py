@@ -355,3 +355,22 @@ def test_damage_alone_is_refused_at_every_start(tiny: dict[str, Any], prepared: 
         with pytest.raises(AssertionError, match="none of the 1 checkpoints"):
             run_ranks(reports_quietly, WORKERS, config, prepared)
     assert steps(config) == [4]
+
+
+def asked_twice(config: Config, prepared: str) -> Reports:
+    """Train, and be asked to leave for two reasons, of which one says not to save."""
+    from raymodels.train import signals
+
+    signals.POLL_SECONDS = 0.001
+    signals.request(config.place, 1, "replaced")
+    signals.request(config.place, 1, "resized")
+    return reports(config, prepared)
+
+
+def test_who_was_replaced_saves_nothing_whatever_else_is_asked(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(tiny, tmp_path, train={"steps": 50}, checkpoint={"every": 1, "keep": 50})
+    found = run_ranks(asked_twice, WORKERS, config, prepared)[0]
+    assert found[-1]["left"] == "replaced"
+    assert steps(config) == [report["step"] for report in found[:-1]]
