@@ -7,6 +7,7 @@ most one save is under way: the next one waits for it, which is what holds train
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -156,6 +157,7 @@ class Saver:
         entries = entries | _put(place, layout.STATE, layout.to_json(state))
         if fed:
             layout.record_samples(self._run, min(fed), [fed[step] for step in sorted(fed)])
+        _see(place, entries)
         manifest.commit(place, entries)
 
     def _attempt(self, action: Callable[[], T]) -> T | str:
@@ -175,6 +177,21 @@ class Saver:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
+
+
+def _see(place: str, entries: manifest.Entries) -> None:
+    """See from this host what all ranks say they wrote: a checkpoint of which each host has a part is none.
+
+    Raises:
+        StorageError: a file is not there; it may have been deleted by another driver, or lie on a disk of its host.
+    """
+    sizes = storage.walk(place)
+    for name, entry in entries.items():
+        if sizes.get(name) != entry["size"]:
+            raise StorageError(
+                f"{storage.join(place, name)} was written, but is not to be seen from {socket.gethostname()}: "
+                "run.storage must be one place that all nodes share"
+            )
 
 
 def _put(place: str, name: str, data: bytes) -> manifest.Entries:

@@ -374,3 +374,23 @@ def test_who_was_replaced_saves_nothing_whatever_else_is_asked(
     found = run_ranks(asked_twice, WORKERS, config, prepared)[0]
     assert found[-1]["left"] == "replaced"
     assert steps(config) == [report["step"] for report in found[:-1]]
+
+
+def on_disks_of_their_own(config: Config, prepared: str) -> Reports:
+    """Train on ranks of which each sees what it wrote, as where the storage is a folder that the nodes do not share."""
+    from raymodels.checkpoint import tensors
+
+    write, rank = tensors.write, os.environ["RANK"]
+    elsewhere = f"{config.run.storage}/disk-{rank}"
+    if rank != "0":
+        tensors.write = lambda place, *rest: write(storage.join(elsewhere, storage.name(place)), *rest)
+    return reports(config, prepared)
+
+
+def test_a_checkpoint_of_which_each_host_has_a_part_is_not_committed(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(tiny, tmp_path, checkpoint={"every": 2, "keep": 3, "retry_s": 0})
+    with pytest.raises(AssertionError, match=r"shard-00001-of-00002.* is not to be seen .*run\.storage must be one"):
+        run_ranks(on_disks_of_their_own, WORKERS, config, prepared)
+    assert steps(config) == []

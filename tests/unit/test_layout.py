@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raymodels import manifest, storage
-from raymodels.checkpoint import layout, restore
+from raymodels.checkpoint import layout, restore, save
 from raymodels.errors import StorageError
 
 
@@ -48,6 +48,20 @@ def test_a_host_that_does_not_see_what_the_driver_sees_starts_nothing_afresh(
     for place in (run, str(tmp_path / "not-mounted")):
         with pytest.raises(StorageError, match=r"after step 6 in .* run\.storage must be one place"):
             restore.visible(place, 6)
+
+
+def test_what_is_not_to_be_seen_as_it_was_written_is_not_declared(tmp_path: Path) -> None:
+    place = str(tmp_path / "step-00000002")
+    for rank in range(2):
+        storage.write_bytes(f"{place}/zero/shard-{rank}", b"1")
+    entries = manifest.describe(place)
+    save._see(place, entries)
+    storage.write_bytes(f"{place}/zero/shard-1", b"")
+    with pytest.raises(StorageError, match=r"shard-1 was written, but .*run\.storage must be one place"):
+        save._see(place, entries)
+    storage.delete(place)  # by the sweep of another driver
+    with pytest.raises(StorageError, match=r"shard-0 was written"):
+        save._see(place, entries)
 
 
 def test_retention_also_takes_what_failed_saves_and_deletions_have_left_but_no_evidence(tmp_path: Path) -> None:
