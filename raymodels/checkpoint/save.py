@@ -49,7 +49,8 @@ class Saver:
 
     def __init__(self, engine: Any, config: Config, assets: Path) -> None:
         self._engine, self._run, self._assets, self._settings = engine, config.place, assets, config.checkpoint
-        timeout = timedelta(seconds=config.workers.collective_timeout_s)
+        # A rank that tries again keeps the others waiting in the exchange; of one that is gone they hear at once.
+        timeout = timedelta(seconds=config.workers.collective_timeout_s + config.checkpoint.retry_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._host: dict[str, torch.Tensor] = {}
         self._fed: dict[int, str] = {}

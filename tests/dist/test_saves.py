@@ -394,3 +394,32 @@ def test_a_checkpoint_of_which_each_host_has_a_part_is_not_committed(
     with pytest.raises(AssertionError, match=r"shard-00001-of-00002.* is not to be seen .*run\.storage must be one"):
         run_ranks(on_disks_of_their_own, WORKERS, config, prepared)
     assert steps(config) == []
+
+
+def late(config: Config, prepared: str) -> Reports:
+    """Train; storage refuses rank 1's first write for longer than a collective may take."""
+    from raymodels.checkpoint import tensors
+
+    write, asked = tensors.write, list[float]()
+
+    def refused(*given: Any) -> Any:
+        asked.append(time.monotonic())
+        if os.environ["RANK"] == "1" and asked[-1] < asked[0] + 5:
+            raise StorageError("it is away")
+        return write(*given)
+
+    tensors.write = refused
+    return reports(config, prepared)
+
+
+def test_a_rank_that_tries_again_may_take_longer_than_a_collective(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(
+        tiny,
+        tmp_path,
+        train={"steps": 2},
+        workers={"count": 2, "collective_timeout_s": 2},
+        checkpoint={"every": 2, "retry_s": 30},
+    )
+    assert saves(run_ranks(late, WORKERS, config, prepared)[0]) == {2: None}
