@@ -123,7 +123,7 @@ def run_under_auto(config: Config, prepared: str, seconds: float) -> dict[str, f
     session = loop.open_session(config, prepared, phases, lambda text: None)
     start = time.perf_counter()
     with Signals(config.place, 1) as signals:
-        loop.train(session, phases, on_report, signals, Interval("auto", WORKERS, 0, 0.0, time.time()))
+        loop.train(session, phases, on_report, signals, Interval("auto", WORKERS, 0, 0.0, time.monotonic()))
     return {**found, "seconds": time.perf_counter() - start}
 
 

@@ -130,7 +130,7 @@ def resumed(config: Config, prepared: str, raw: str) -> Resumed:
     assert session.state.step == SAVED, session.state
     state, losses = gathered(session.engine), []
     with Signals(config.place, 1) as signals:
-        interval = Interval(config.checkpoint.every, config.workers.most, 0, 0.0, time.time())
+        interval = Interval(config.checkpoint.every, config.workers.most, 0, 0.0, time.monotonic())
         loop.train(session, phases, lambda metrics: losses.append(metrics["loss"]), signals, interval)
     return Resumed(state, phases.start_up()["restore"], losses, raw_restored(config, prepared, raw))
 

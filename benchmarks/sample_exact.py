@@ -86,7 +86,7 @@ def part(config: Config, prepared: str, until: int) -> tuple[int, list[str], lis
         if metrics["step"] == until:
             raise Died
 
-    interval = Interval(config.checkpoint.every, int(os.environ["WORLD_SIZE"]), 0, 0.0, time.time())
+    interval = Interval(config.checkpoint.every, int(os.environ["WORLD_SIZE"]), 0, 0.0, time.monotonic())
     with suppress(Died), Signals(config.place, 1) as signals:
         loop.train(session, phases, after_step, signals, interval)
     session.saver.wait()

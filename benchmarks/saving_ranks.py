@@ -88,7 +88,7 @@ def train_ours(config: Config, prepared: str, rank: int, folder: str) -> None:
     session = loop.open_session(config, prepared, phases, lambda text: None)
     tell(folder, rank, session.state.step, session.engine)
     with Signals(config.place, 1) as signals:
-        loop.train(session, phases, lambda news: None, signals, Interval(1, WORKERS, 0, 0.0, time.time()))
+        loop.train(session, phases, lambda news: None, signals, Interval(1, WORKERS, 0, 0.0, time.monotonic()))
 
 
 def train_deepspeed(config: Config, prepared: str, rank: int, folder: str) -> None:

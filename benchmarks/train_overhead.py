@@ -102,7 +102,7 @@ def alternate(config: Config, prepared_place: str) -> dict[str, list[float]]:
         turn = time.perf_counter()
 
     with Signals(config.place, 1) as signals:
-        interval = Interval(config.checkpoint.every, WORKERS, 0, 0.0, time.time())
+        interval = Interval(config.checkpoint.every, WORKERS, 0, 0.0, time.monotonic())
         loop.train(session, phases, after_our_step, signals, interval)
     return found
 

@@ -71,7 +71,7 @@ def train_here(config: Config, prepared: str, until: int | None = None) -> tuple
 
     phases = Phases()
     session = loop.open_session(config, prepared, phases, lambda text: warnings.warn(text, stacklevel=2))
-    interval = Interval(config.checkpoint.every, int(os.environ["WORLD_SIZE"]), 0, 0.0, time.time())
+    interval = Interval(config.checkpoint.every, int(os.environ["WORLD_SIZE"]), 0, 0.0, time.monotonic())
     with suppress(Died), Signals(config.place, 1) as signals:
         loop.train(session, phases, report, signals, interval)
     session.saver.wait()

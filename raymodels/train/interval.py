@@ -14,7 +14,10 @@ WORKER_SECONDS_PER_FAILURE = 54 * 24 * 3600 * 16_384 / 419
 
 
 class Interval:
-    """Rank 0's decision. ``failures`` of this run so far and the ``seconds`` it has run inform ``auto``."""
+    """Rank 0's decision. ``failures`` of this run so far and the ``seconds`` it has run inform ``auto``.
+
+    Times are of a clock that nobody sets: one set back by an hour would have no save made for that hour.
+    """
 
     def __init__(self, every: int | str, world_size: int, failures: int, seconds: float, now: float) -> None:
         self._every, self._last, self._blocked_s, self._writing_s = every, now, 0.0, 0.0

@@ -111,7 +111,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
     for step in range(begin, settings.steps):
         first, done, phases.step = step == begin, step + 1, step
         with phases("first_step" if first else "step"), meter.step() as timed:
-            taken = optimizer_step(session, step, phases, Votes(interval.due(done, time.time()), signals.heard()))
+            taken = optimizer_step(session, step, phases, Votes(interval.due(done, time.monotonic()), signals.heard()))
             timed.tokens = taken.weight
         start_up = phases.start_up() if first else {}
         tokens += taken.weight
@@ -137,7 +137,7 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         if save_now:
             with phases("blocked_by_save") as blocked:
                 session.saver.save(_state(config, session.fingerprint, done, tokens, metrics))
-            interval.saved(time.time(), blocked())
+            interval.saved(time.monotonic(), blocked())
             if last:
                 with phases("blocked_by_save"):
                     session.saver.wait()

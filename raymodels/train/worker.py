@@ -60,7 +60,7 @@ def _train(job: dict[str, Any], phases: Phases, world_size: int) -> None:
     if job["evaluate_only"]:
         report({"step": session.state.step, "eval_loss": loop.evaluate(session, phases), "memory_bytes": 0})
         return
-    interval = Interval(config.checkpoint.every, world_size, job["failures"], job["seconds"], time.time())
+    interval = Interval(config.checkpoint.every, world_size, job["failures"], job["seconds"], time.monotonic())
     with Signals(config.place, job["attempt"], _preempted) as signals:
         loop.train(session, phases, report, signals, interval)
 

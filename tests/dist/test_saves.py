@@ -423,3 +423,15 @@ def test_a_rank_that_tries_again_may_take_longer_than_a_collective(
         checkpoint={"every": 2, "retry_s": 30},
     )
     assert saves(run_ranks(late, WORKERS, config, prepared)[0]) == {2: None}
+
+
+def clock_set_back(config: Config, prepared: str) -> Reports:
+    now = time.time
+    time.time = lambda: now() - 3600 * time.perf_counter()  # further with every look
+    return reports(config, prepared)
+
+
+def test_a_clock_that_is_set_back_puts_off_no_save(tiny: dict[str, Any], prepared: str, tmp_path: Path) -> None:
+    config = altered(tiny, tmp_path, workers={"count": 1}, checkpoint={"every": "0.000001s", "keep": 9})
+    run_ranks(clock_set_back, 1, config, prepared)
+    assert steps(config) == [1, 2, 3, 4]
