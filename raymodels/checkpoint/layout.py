@@ -33,8 +33,9 @@ class State:
     ``step`` optimizer steps are done, so step ``step`` (counted from 0) comes next. ``tokens`` were trained on.
     ``metrics`` are the newest known, such as ``loss`` and ``eval_loss`` in nats per token. ``adam_step`` counts AdamW's
     updates, ``loss_scale`` is fp16's. ``digest`` is `raymodels.checkpoint.fragments.digest` summed over all fragments,
-    in hexadecimal: what an engine that has loaded this must come to, on any number of workers. ``world_size``,
-    ``zero_stage`` and ``precision`` say how it was written; none of them binds who reads it.
+    in hexadecimal: what an engine that has loaded this must come to, on any number of workers. ``divergence`` is what
+    the policy about diverging losses goes by. ``world_size``, ``zero_stage`` and ``precision`` say how it was written;
+    none of them binds who reads it.
     """
 
     step: int
@@ -48,6 +49,7 @@ class State:
     adam_step: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
     digest: str = ""
+    divergence: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

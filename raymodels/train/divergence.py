@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raymodels import storage
 from raymodels.checkpoint import layout
@@ -56,12 +56,20 @@ class Divergence:
 
     Args:
         dropped: first and last steps whose batches to drop, one pair for each time the run went back.
+        memory: what `memory` gave when the checkpoint was saved from which the attempt goes on.
     """
 
-    def __init__(self, train: TrainConfig, dropped: Sequence[Steps] = ()) -> None:
+    def __init__(
+        self, train: TrainConfig, dropped: Sequence[Steps] = (), memory: Mapping[str, Any] | None = None
+    ) -> None:
         self._train, self._settings, self._dropped = train, train.divergence, dropped
-        self._losses = deque[float](maxlen=self._settings.window)
-        self._bad_since: int | None = None
+        memory = memory or {"losses": (), "bad_since": None}
+        self._losses = deque[float](memory["losses"], maxlen=self._settings.window)
+        self._bad_since: int | None = memory["bad_since"]
+
+    def memory(self) -> dict[str, Any]:
+        """What the next decisions depend on, as plain data: an interrupted run decides as an undisturbed one."""
+        return {"losses": list(self._losses), "bad_since": self._bad_since}
 
     def drops(self, step: int) -> bool:
         """Whether the batch of a step, counted from 0, is to be dropped."""

@@ -75,7 +75,7 @@ def open_session(
     with phases("engine"):
         engine = make_engine(config, model)
     with phases("restore"):
-        state = restore_newest(engine, config.place, warn, known) or _state(config, prepared.fingerprint, 0, 0, {})
+        state = restore_newest(engine, config.place, warn, known) or _state(config, prepared.fingerprint, 0, 0, {}, {})
         _same_data(state, prepared.fingerprint)
     return Session(
         config=config,
@@ -86,7 +86,7 @@ def open_session(
         held_out=held_out,
         engine=engine,
         state=state,
-        policy=Divergence(config.train, dropped(config.place)),
+        policy=Divergence(config.train, dropped(config.place), state.divergence),
         saver=Saver(engine, config, assets),
         flops_per_token=flops_per_token(shape, parameter_count(shape), seq_len),
     )
@@ -136,7 +136,8 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
                 metrics["eval_loss"] = evaluate(session, phases)
         if save_now:
             with phases("blocked_by_save") as blocked:
-                session.saver.save(_state(config, session.fingerprint, done, tokens, metrics))
+                memory = session.policy.memory()
+                session.saver.save(_state(config, session.fingerprint, done, tokens, metrics, memory))
             interval.saved(time.monotonic(), blocked())
             if last:
                 with phases("blocked_by_save"):
@@ -276,7 +277,9 @@ def summed(value: torch.Tensor | float, device: torch.device) -> float:
     return float(total)
 
 
-def _state(config: Config, fingerprint: str, step: int, tokens: int, metrics: dict[str, float]) -> layout.State:
+def _state(
+    config: Config, fingerprint: str, step: int, tokens: int, metrics: dict[str, float], divergence: dict[str, Any]
+) -> layout.State:
     return layout.State(
         step=step,
         tokens=tokens,
@@ -286,6 +289,7 @@ def _state(config: Config, fingerprint: str, step: int, tokens: int, metrics: di
         config_digest=config.digest(),
         data_fingerprint=fingerprint,
         metrics=dict(metrics),
+        divergence=divergence,
     )
 
 

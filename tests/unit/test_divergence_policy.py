@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import random
@@ -36,6 +37,17 @@ def test_a_loss_that_stays_high_stops_after_patience() -> None:
     decision = policy.judge(7, 4.1, 1.0)
     assert decision.action == "stop" and decision.back_to is None
     assert "4.1 at step 8, over 2 times its running median 2, for 3 steps in a row" in decision.reason
+
+
+@pytest.mark.parametrize("interrupted_after", range(1, 8))
+def test_an_interrupted_run_decides_as_an_undisturbed_one(interrupted_after: int) -> None:
+    losses = [2.0, 2.1, 1.9, 2.0, 2.2, 4.5, 4.6, 4.7]
+    undisturbed = ask(Divergence(settings("rollback")), losses)
+    assert undisturbed == ["go_on"] * 7 + ["roll_back"]
+    first = Divergence(settings("rollback"))
+    before = ask(first, losses[:interrupted_after])
+    second = Divergence(settings("rollback"), (), json.loads(json.dumps(first.memory())))
+    assert before + ask(second, losses[interrupted_after:], interrupted_after) == undisturbed
 
 
 def test_spikes_and_slow_changes_are_no_divergence() -> None:
