@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from raymodels.config import Config
 from raymodels.errors import StorageError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+TICK_S = 1.0
 T = TypeVar("T")
 
 
@@ -44,10 +44,10 @@ class Saver:
     """Saves one engine's state into its run's directory. Every rank has one and calls it alike.
 
     Args:
-        assets: a local folder with the model's config and tokenizer files; rank 0's is used.
+        assets: the model's config and tokenizer files, name -> content; rank 0's are used.
     """
 
-    def __init__(self, engine: Any, config: Config, assets: Path) -> None:
+    def __init__(self, engine: Any, config: Config, assets: dict[str, bytes]) -> None:
         self._engine, self._run, self._assets, self._settings = engine, config.place, assets, config.checkpoint
         # A rank that tries again keeps the others waiting in the exchange; of one that is gone they hear at once.
         timeout = timedelta(seconds=config.workers.collective_timeout_s + config.checkpoint.retry_s)
@@ -62,9 +62,9 @@ class Saver:
         """Note the digest of the sample ids that a step, counted from 0, was fed; the next commit records it."""
         self._fed[step] = samples
 
-    def save(self, state: layout.State) -> None:
-        """Wait for the save before, take a snapshot and begin to write it. Collective."""
-        self.wait()
+    def save(self, state: layout.State, going_on: Callable[[], None] = lambda: None) -> None:
+        """`wait` for the save before, take a snapshot and begin to write it. Collective."""
+        self.wait(going_on)
         start = time.monotonic()
         held = self._snapshot()
         left = rest.copy_rest(self._engine)
@@ -74,11 +74,17 @@ class Saver:
         self._thread = threading.Thread(target=self._run_save, args=(state, held, left, start), daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when no save is under way."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+    def wait(self, going_on: Callable[[], None] = lambda: None) -> None:
+        """Return when no save is under way.
+
+        Args:
+            going_on: is called every second meanwhile: however slow storage is, this rank does not hang. Whether
+                another does, the exchange finds out.
+        """
+        while self._thread and self._thread.is_alive():
+            self._thread.join(TICK_S)
+            going_on()
+        self._thread = None
         if self._broken:
             raise self._broken
 
@@ -148,8 +154,8 @@ class Saver:
         flat = {f"{kind}/{fragment.name}": t for fragment in held for kind, t in fragment.tensors.items()}
         entries = {name: tensors.write(storage.join(place, name), flat, shards.metadata(held))}
         if dist.get_rank() == 0:
-            for file in sorted(self._assets.iterdir()):
-                entries |= _put(place, f"{layout.MODEL}/{file.name}", file.read_bytes())
+            for file, content in self._assets.items():
+                entries |= _put(place, f"{layout.MODEL}/{file}", content)
             if left:
                 entries |= _put(place, rest.PLACE, rest.to_bytes(left))
         return entries, sum(map(live.digest, held))

@@ -90,9 +90,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def write_assets(architecture: PreTrainedConfig, tokenizer_dir: str) -> Path:
-    """A new local folder with config and tokenizer: what a checkpoint carries beside the weights."""
-    folder = Path(tempfile.mkdtemp(prefix="raymodels-assets-"))
-    architecture.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
-    return folder
+def read_assets(architecture: PreTrainedConfig, tokenizer_dir: str) -> dict[str, bytes]:
+    """Config and tokenizer as files, name -> content: what a checkpoint carries beside the weights."""
+    with tempfile.TemporaryDirectory(prefix="raymodels-assets-") as folder:
+        architecture.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False).save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

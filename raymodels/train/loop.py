@@ -24,7 +24,7 @@ from raymodels.errors import StorageError, TrainingError
 from raymodels.models.build import architecture, flops_per_token, parameter_count
 from raymodels.tasks import Task, task
 from raymodels.train.divergence import Divergence, dropped
-from raymodels.train.engine import join_process_group, make_engine, make_model, write_assets
+from raymodels.train.engine import join_process_group, make_engine, make_model, read_assets
 from raymodels.train.interval import Interval
 from raymodels.train.meter import Meter, Phases, peak_memory_bytes
 from raymodels.train.origin import starting_point
@@ -71,7 +71,7 @@ def open_session(
         source = starting_point(config)
         shape = architecture(source, vocab_size=prepared.vocab_size, seq_len=seq_len, eos_id=prepared.eos_id)
         model = make_model(config, source, shape)
-        assets = write_assets(shape, prepared.tokenizer_dir)
+        assets = read_assets(shape, prepared.tokenizer_dir)
     with phases("engine"):
         engine = make_engine(config, model)
     with phases("restore"):
@@ -120,7 +120,8 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
         if taken.weight:  # else its batch was dropped
             decision = session.policy.judge(step, taken.loss, taken.grad_norm)
             if decision.action != "go_on":
-                session.saver.wait()  # for a checkpoint from before this step
+                with phases("blocked_by_save"):
+                    session.saver.wait(phases.going_on)  # for a checkpoint from before this step
                 raise decision.error()
             metrics |= {"loss": taken.loss, "grad_norm": taken.grad_norm}
 
@@ -136,12 +137,13 @@ def train(session: Session, phases: Phases, report: Report, signals: Signals, in
                 metrics["eval_loss"] = evaluate(session, phases)
         if save_now:
             with phases("blocked_by_save") as blocked:
-                memory = session.policy.memory()
-                session.saver.save(_state(config, session.fingerprint, done, tokens, metrics, memory))
+                session.saver.save(
+                    _state(config, session.fingerprint, done, tokens, metrics, session.policy.memory()), phases.going_on
+                )
             interval.saved(time.monotonic(), blocked())
             if last:
                 with phases("blocked_by_save"):
-                    session.saver.wait()
+                    session.saver.wait(phases.going_on)
         saved = session.saver.outcomes()
         for outcome in saved:
             interval.written(outcome.seconds)

@@ -435,3 +435,36 @@ def test_a_clock_that_is_set_back_puts_off_no_save(tiny: dict[str, Any], prepare
     config = altered(tiny, tmp_path, workers={"count": 1}, checkpoint={"every": "0.000001s", "keep": 9})
     run_ranks(clock_set_back, 1, config, prepared)
     assert steps(config) == [1, 2, 3, 4]
+
+
+def held_up(config: Config, prepared: str) -> tuple[int, list[str]]:
+    """Train with slow storage: how often the rank said that it goes on while a save held it up; its temporary files."""
+    import tempfile
+
+    from raymodels.checkpoint import save, tensors
+    from raymodels.train.meter import Phases
+
+    write, said = tensors.write, list[str]()
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.5)
+        return write(*given)
+
+    def saying(phases: Phases) -> None:
+        said.append(phases._open[-1][0])
+
+    tensors.write, Phases.going_on, save.TICK_S = slow, saying, 0.02  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        reports(config, prepared)
+        tempfile.tempdir = None
+        return said.count("blocked_by_save"), [path.name for path in Path(folder).iterdir()]
+
+
+def test_a_rank_that_storage_holds_up_is_no_rank_that_hangs_and_leaves_no_files(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config = altered(tiny, tmp_path, workers={"count": 1}, checkpoint={"every": 1, "keep": 2})
+    [(said, left)] = run_ranks(held_up, 1, config, prepared)
+    assert said > 20
+    assert left == []
