@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -57,12 +56,29 @@ def prepare(config: Config, *, tokenizer_from: str | None = None, progress: Prog
         files.write(storage.join(place, TOKENIZER))
         outcomes = _both_splits(job, plan, _encode(job, plan, progress or (lambda done, total: None)))
     except DataError:
-        # A Ray task may still be writing; whatever it leaves is no dataset without a manifest.
-        with suppress(FileNotFoundError):
+        # A Ray task may still be writing; whatever it leaves is no dataset without a manifest. With one it is that of a
+        # process that prepared the same, did not fail, and trains on it by now.
+        if not storage.exists(storage.join(place, MANIFEST)):
             storage.delete(place)
         raise
+    _see(place, outcomes)
     storage.write_json(storage.join(place, MANIFEST), _manifest(job, files, outcomes))
     return open_prepared(place)
+
+
+def _see(place: str, outcomes: list[Outcome]) -> None:
+    """See all shards where they were written: another process that prepared the same, and failed, deletes them.
+
+    Raises:
+        DataError: one is not there.
+    """
+    sizes = storage.walk(place)
+    for shard in (shard for outcome in outcomes for shard in outcome.shards.values()):
+        if sizes.get(shard["file"]) != shard["bytes"]:
+            raise DataError(
+                f"{storage.join(place, shard['file'])} is gone since it was written: prepare again; data.prepared must "
+                "be one place that all nodes share"
+            )
 
 
 def _tokenizer(data: DataConfig, tokenizer_from: str | None) -> tuple[TokenizerConfig, TokenizerFiles | None]:

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,30 @@ def test_bad_document_leaves_nothing_behind(source, tmp_path, monkeypatch) -> No
     with pytest.raises(DataError, match=r"rows\.jsonl line 301 is not JSON"):
         prepare(config(source, tmp_path / "p"))
     assert not contents(str(tmp_path / "p"))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_who_fails_takes_nothing_from_who_prepares_the_same(source, tmp_path, monkeypatch, fails: bool) -> None:
+    """Of two at once the second finishes within the first; then one of them cannot read its source any more."""
+    from raymodels.data import prepare as module
+
+    encode, finished = module._encode, list[Prepared]()
+
+    def overtaken(*given):
+        monkeypatch.setattr(module, "_encode", encode)
+        outcomes = encode(*given)
+        if not fails:
+            shutil.rmtree(given[0].place)  # by the other, which failed
+            return outcomes
+        finished.append(prepare(config(source, tmp_path / "p")))
+        raise DataError("cannot read the source: Stale file handle")
+
+    monkeypatch.setattr(module, "_encode", overtaken)
+    with pytest.raises(DataError, match="cannot read the source" if fails else "is gone since it was written"):
+        prepare(config(source, tmp_path / "p"))
+    found = prepare(config(source, tmp_path / "p"))
+    assert found.reused == fails and found.place == (finished[0].place if fails else found.place)
+    assert len(documents(found, "train")) + len(documents(found, "eval")) == len(TEXTS)
 
 
 def test_bad_document_is_found_with_a_loaded_tokenizer(source, tmp_path, monkeypatch) -> None:
