@@ -58,20 +58,28 @@ def restore_newest(engine: Any, run: str, warn: Callable[[str], None], known: in
 
 
 def visible(run: str, known: int) -> list[layout.Checkpoint]:
-    """The checkpoints that count, oldest first, once the known one or a newer one is among them: NFS may show it late.
+    """The checkpoints that count, oldest first, once the known one or a newer one is among them.
 
     Raises:
         StorageError: it does not appear. To start afresh then would train a second model.
     """
+    if known:
+        await_sight(lambda: any(c.step >= known for c in layout.committed(run)), layout.step_place(run, known))
+    return layout.committed(run)
+
+
+def await_sight(look: Callable[[], bool], place: str) -> None:
+    """Wait until this host sees what others do: NFS may show it late.
+
+    Raises:
+        StorageError: it does not appear.
+    """
     deadline = time.monotonic() + VISIBLE_S
-    while True:
-        found = layout.committed(run)
-        if not known or (found and found[-1].step >= known):
-            return found
+    while not look():
         if time.monotonic() >= deadline:
             raise StorageError(
-                f"the checkpoint after step {known} in {run}, which the driver sees, is not to be seen from "
-                f"{socket.gethostname()}: run.storage must be one place that all nodes share"
+                f"{place}, which others see, is not to be seen from {socket.gethostname()}: run.storage must be one "
+                "place that all nodes share"
             )
         time.sleep(PAUSE_S)
 
@@ -149,6 +157,7 @@ def _open_together(place: str) -> Shards:
     share = (dist.get_rank(), dist.get_world_size())
     mine: Headers | RaymodelsError
     try:
+        await_sight(lambda: manifest.is_committed(place), place)  # rank 0 sees it; else it would count as damaged
         manifest.verify(place, share)
         mine = read_headers(place, share)
     except (IntegrityError, StorageError, CheckpointError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from raymodels import manifest, storage
 from raymodels.checkpoint import layout
 from raymodels.checkpoint.export import export
 from raymodels.config import Config
-from raymodels.errors import CheckpointError, IntegrityError
+from raymodels.errors import CheckpointError, IntegrityError, StorageError
 from raymodels.testing import run_ranks, train_here
 from raymodels.train.meter import Phases
 from tests.conftest import altered
@@ -42,7 +43,7 @@ def attempt(config: Config, prepared: str) -> str:
     warned: list[str] = []
     try:
         session = loop.open_session(config, prepared, Phases(), warned.append)
-    except (CheckpointError, IntegrityError) as error:
+    except (CheckpointError, IntegrityError, StorageError) as error:
         return f"{type(error).__name__}: {error}"
     return " ".join([f"opened after step {session.state.step}", *warned])
 
@@ -162,3 +163,31 @@ def test_export_refuses_a_folder_that_is_not_empty(run: Config, tmp_path: Path) 
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(CheckpointError, match="not empty"):
         export(layout.open_checkpoint(run.place), tmp_path)
+
+
+def blind(config: Config, prepared: str) -> str:
+    """What a start says of which rank 1 sees the newest checkpoint's manifest late, or never."""
+    from raymodels.checkpoint import restore
+
+    committed, looks = manifest.is_committed, list[str]()
+    restore.VISIBLE_S, restore.PAUSE_S = (30.0, 0.1) if config.checkpoint.keep == 2 else (0.2, 0.1)
+
+    def late(place: str) -> bool:
+        looks.append(place)
+        hidden = config.checkpoint.keep != 2 or len(looks) < 3
+        return not (os.environ["RANK"] == "1" and hidden) and committed(place)
+
+    manifest.is_committed = late
+    return attempt(config, prepared)
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_a_rank_that_does_not_see_a_checkpoint_yet_proves_no_damage(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path, keep: int
+) -> None:
+    config = altered(tiny, tmp_path, checkpoint={"every": 2, "keep": keep})
+    run_ranks(losses, WORKERS, config, prepared)
+    expected = "opened after step 4" if keep == 2 else "StorageError: "
+    for answer in run_ranks(blind, WORKERS, config, prepared):
+        assert answer.startswith(expected) and "damaged" not in answer
+    assert [checkpoint.step for checkpoint in layout.committed(config.place)] == [2, 4]

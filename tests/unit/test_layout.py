@@ -46,7 +46,7 @@ def test_a_host_that_does_not_see_what_the_driver_sees_starts_nothing_afresh(
     assert [checkpoint.step for checkpoint in restore.visible(run, 4)] == [2, 4]
     monkeypatch.setattr(restore, "VISIBLE_S", 0.05)
     for place in (run, str(tmp_path / "not-mounted")):
-        with pytest.raises(StorageError, match=r"after step 6 in .* run\.storage must be one place"):
+        with pytest.raises(StorageError, match=r"step-00000006, which others see, .* run\.storage must be one place"):
             restore.visible(place, 6)
 
 
