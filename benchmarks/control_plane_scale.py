@@ -50,7 +50,7 @@ from raymodels.config import (
 )
 from raymodels.serve import autoscale
 from raymodels.serve.admission import Admission, Queue, Room, Slot
-from raymodels.serve.capacity import Capacity
+from raymodels.serve.capacity import Capacity, Replicas
 from raymodels.serve.routing import Route, Routes
 from raymodels.serve.scaling import ServePolicy
 from raymodels.serve.tenants import Tenants, hashed
@@ -195,7 +195,7 @@ def gateways(folder: Path, small: bool) -> list[Part]:
         lookups.append(best(lambda r=routes: (r.check("m0007"), r.table["m0007"].choose()), repeat=1000))
         updates.append(best(lambda raw=raw: {name: Route(**each) for name, each in raw.items()}, repeat=3))
         capacity = Capacity(HttpConfig(), routes.table, {})
-        counts = [{f"m{n:04}--v{v}": (k, "X") for n in range(models) for v in (1, 2, 3)} for k in (1, 2)]
+        counts = [{f"m{n:04}--v{v}": Replicas(k, "X") for n in range(models) for v in (1, 2, 3)} for k in (1, 2)]
         capacity.update(counts[0])
         looks.append(best(lambda c=capacity, counts=counts: [c.update(each) for each in counts], repeat=2) / 2)
     size = "1,000 models x 3 versions"

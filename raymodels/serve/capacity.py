@@ -1,11 +1,13 @@
-"""How much work each model has room for, as its replicas come and go."""
+"""Which replicas each model has, why it has none, and how much work there is room for as they come and go."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -18,6 +20,18 @@ from raymodels.serve.routing import Route
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
+RAISED = re.compile(r"^([A-Za-z_][\w.]*): (.+)", re.MULTILINE)
+"""An exception at the end of a traceback."""
+OURS = "raymodels.errors."
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Those of one deployment: how many run, what changed their number, and why none starts, if Serve says so."""
+
+    running: int
+    trigger: str
+    failure: str | None = None
 
 
 class Capacity:
@@ -34,8 +48,10 @@ class Capacity:
         self._http = http
         self._table = table
         self._engines = engines
-        self._replicas: dict[str, int] = {}
+        self._replicas: dict[str, Replicas] = {}
         self._shown: dict[str, int] = {}
+        self._looking = asyncio.Lock()
+        self._looked_at = -math.inf
 
     def room(self, model: str) -> Room:
         """This gateway's part of what the model's replicas hold."""
@@ -43,7 +59,7 @@ class Capacity:
         ahead, reserve = (0.0, self._http.reserve) if self._http.keys_file else (self._http.work_ahead, 0.0)
         for application in self._table[model].applications:
             engine = self._engines.get(application, EngineConfig())
-            replicas = max(1, self._replicas.get(application, 1))
+            replicas = max(1, self._running(application))
             running += replicas * engine.max_batch * (1 + ahead)
             waiting += replicas * engine.max_queue
         gateways = self._http.gateway_replicas
@@ -53,39 +69,76 @@ class Capacity:
 
     def running(self, model: str) -> int:
         """Replicas of the model that run, as far as is known."""
-        return self._shown.get(model, 0)
+        route = self._table.get(model)
+        return sum(self._running(application) for application in route.applications) if route else 0
+
+    def failure(self, model: str) -> str | None:
+        """Why the replicas of a model do not start; none if one runs, or Serve has not given up hope yet."""
+        if self.running(model):
+            return None
+        known = [self._replicas.get(application) for application in self._table[model].applications]
+        return next((replicas.failure for replicas in known if replicas and replicas.failure), None)
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Follow the replicas until cancelled; calls ``changed`` when their numbers are others."""
         while True:
-            try:
-                if self.update(deployments(await asyncio.to_thread(serve.status))):
-                    changed()
-            except Exception as error:
-                log.warning("cannot tell how many replicas there are, the last numbers stay in force: %s", error)
+            if await self.look():
+                changed()
             await asyncio.sleep(POLL_S)
 
-    def update(self, found: Mapping[str, tuple[int, str]]) -> bool:
-        """Take over the replicas that run, and why Serve last changed them; whether anything is new."""
-        before, self._replicas = self._replicas, {name: replicas for name, (replicas, _) in found.items()}
+    async def look(self, max_age_s: float = 0.0) -> bool:
+        """Ask Serve for the replicas unless that was done so shortly before; whether anything is new.
+
+        However many wait for it, one asks.
+        """
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._looked_at < max_age_s:
+                return False
+            self._looked_at = now
+            try:
+                return self.update(deployments(await asyncio.to_thread(serve.status)))
+            except Exception as error:
+                log.warning("cannot tell how many replicas there are, the last numbers stay in force: %s", error)
+                return False
+
+    def update(self, found: Mapping[str, Replicas]) -> bool:
+        """Take over the replicas of every deployment; whether anything is new."""
+        before, self._replicas = self._replicas, dict(found)
         for model, route in self._table.items():
             if route.parent is not None:
                 continue  # its base's replicas are counted as the base's
-            replicas = sum(self._replicas.get(application, 0) for application in route.applications)
+            replicas = self.running(model)
             if replicas != self._shown.get(model):
-                reasons = [found[application][1] for application in route.applications if application in found]
+                reasons = [found[application].trigger for application in route.applications if application in found]
                 replicas_changed(model, replicas, reasons[0] if reasons else "GONE")
                 self._shown[model] = replicas
         return self._replicas != before
 
+    def _running(self, application: str) -> int:
+        return self._replicas[application].running if application in self._replicas else 0
 
-def deployments(status: Any) -> dict[str, tuple[int, str]]:
-    """Every deployment's running replicas and what changed them, from Serve's status."""
+
+def deployments(status: Any) -> dict[str, Replicas]:
+    """Every deployment's replicas, from Serve's status."""
     return {
-        name: (
-            state.replica_states.get("RUNNING", 0),
-            str(getattr(state.status_trigger, "value", state.status_trigger)),
-        )
+        name: _replicas(state)
         for application in status.applications.values()
         for name, state in application.deployments.items()
     }
+
+
+def _replicas(state: Any) -> Replicas:
+    trigger = str(getattr(state.status_trigger, "value", state.status_trigger))
+    # Serve says so once replicas have failed to start several times in a row; it may well go on trying.
+    failure = cause(state.message) if trigger == "REPLICA_STARTUP_FAILED" else None
+    return Replicas(state.replica_states.get("RUNNING", 0), trigger, failure)
+
+
+def cause(message: str) -> str:
+    """The exception in a message of Serve's, which holds its traceback too; of our own errors the text alone."""
+    raised = RAISED.findall(message)
+    if not raised:
+        return message.strip()
+    kind, text = raised[-1]
+    return str(text) if kind.startswith(OURS) else f"{kind.rpartition('.')[2]}: {text}"

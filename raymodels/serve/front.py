@@ -27,7 +27,7 @@ from raymodels.serve.access_log import milliseconds, open_log
 from raymodels.serve.admission import Slot
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
-from raymodels.serve.schema import Problem, Refused
+from raymodels.serve.schema import RETRY_AFTER_S, Problem, Refused
 from raymodels.serve.tenants import ANYBODY, Tenants
 from raymodels.serve.tracing import Stage, Tracing, start_tracing
 
@@ -252,6 +252,19 @@ def forbidden(tenant: TenantConfig, model: str) -> Refused:
     message = f"the key of {tenant.name} does not give access to a model {model!r}"
     return Refused(
         Problem(status=403, message=message, type="permission_error", param="model", code="model_not_allowed")
+    )
+
+
+def not_loading(model: str, why: str) -> Refused:
+    """The refusal of a model of which no replica starts. Serve may go on trying, so it may pass."""
+    return Refused(
+        Problem(
+            status=503,
+            message=f"the model {model!r} does not load: {why}",
+            type="server_error",
+            code="model_not_loading",
+            retry_after_s=RETRY_AFTER_S,
+        )
     )
 
 

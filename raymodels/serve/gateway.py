@@ -24,7 +24,7 @@ from raymodels.config import EngineConfig, HttpConfig
 from raymodels.serve.admission import Admission
 from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
 from raymodels.serve.capacity import Capacity
-from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden
+from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
 from raymodels.serve.metrics import CLIENT_LEFT, engine_stats
 from raymodels.serve.openapi import page
@@ -65,6 +65,8 @@ app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None
 app.add_middleware(Door, front=lambda: serve.get_replica_context().servable_object.front)
 JSON = "application/json"
 DESCRIBE_S, STATS_S = 2.0, 1.0
+FRESH_S = 1.0
+"""How old what is known of the replicas may be when models are listed."""
 SERVER_SENT_EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
@@ -167,6 +169,7 @@ class Gateway:
         self._routes.table.clear()
         self._routes.table |= {name: Route(**raw) for name, raw in changes["table"].items()}
         self._described.clear()
+        await self._capacity.look()
         self._admission.dispatch()
 
     @app.get("/healthz")
@@ -255,13 +258,14 @@ class Gateway:
 
     async def _descriptions(self, models: list[str], deadline: float) -> dict[str, Description | None]:
         """What serves the models. Asking must start none: without a replica it is the last answer, if there was one."""
-        unready = set(await self._routes.unready())
+        if await self._capacity.look(FRESH_S):
+            self._admission.dispatch()
 
         async def ask(model: str) -> None:
             with contextlib.suppress(Refused):
                 self._described[model] = await self._routes.describe(model, deadline)
 
-        await asyncio.gather(*(ask(model) for model in models if model not in unready))
+        await asyncio.gather(*(ask(model) for model in models if self._capacity.running(model)))
         return {model: self._described.get(model) for model in models}
 
     async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
@@ -282,11 +286,13 @@ class Gateway:
         return await self._routes.ask(name, method, *args, *adapter, deadline=visit.deadline)
 
     def _check(self, visit: Visit, model: str) -> None:
-        """Raises `Refused`: 403, this tenant may not call this model; 404, there is none."""
+        """Raises `Refused`: 403, this tenant may not call this model; 404, there is none; 503, it does not load."""
         if not visit.tenant.allows(model):
             raise forbidden(visit.tenant, model)
         self._routes.check(model)
         visit.model = model
+        if why := self._capacity.failure(model):
+            raise not_loading(model, why)
 
     def _listed(self, model: str, about: Description | None) -> dict[str, Any]:
         return {

@@ -130,3 +130,31 @@ def test_a_new_table_disturbs_nobody(endpoint: Endpoint, config: dict[str, Any])
         assert (again.url, gateway()) == (endpoint.url, before)
         for model in ("tiny", "second"):
             assert http.post("/v1/completions", json={**body, "model": model}).status_code == 200
+
+
+def test_a_model_that_does_not_load_says_why_and_leaves_others_unharmed(
+    endpoint: Endpoint, config: dict[str, Any], tiny_model_dir: Path
+) -> None:
+    version = Registry(config["registry"]).publish("asleep", str(tiny_model_dir), {})
+    asleep = {"model": "asleep", "cpus": 0.5, "autoscaling": {"min_replicas": 0, "max_replicas": 1}}
+    deploy(validate({**config, "models": [*config["models"], asleep]}, ServeConfig))
+    weights = Path(version.model_place) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    body = {**FIELDS, "max_tokens": 4}
+    with httpx.Client(base_url=endpoint.url, timeout=60) as http:
+        assert http.get("/v1/models/asleep").json()["root"] is None
+        headers = {"X-Request-Timeout": "5"}
+        assert http.post("/v1/completions", json={**body, "model": "asleep"}, headers=headers).status_code == 503
+        deadline = time.monotonic() + 120
+        while (answer := http.get("/v1/models/asleep")).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        told = answer.json()["error"]
+        assert (answer.status_code, told["code"]) == (503, "model_not_loading")
+        assert "model.safetensors was changed" in told["message"]
+        assert "Traceback" not in told["message"]
+        again = http.post("/v1/completions", json={**body, "model": "asleep"})
+        assert (again.status_code, again.json()["error"]["message"]) == (503, told["message"])
+        assert http.post("/v1/completions", json=body).status_code == 200
+        listed = {each["id"]: each["root"] for each in http.get("/v1/models").json()["data"]}
+        assert listed == {"tiny": "tiny@1", "asleep": None}

@@ -17,6 +17,7 @@ from ray import serve
 
 from raymodels.config import EngineConfig, HttpConfig
 from raymodels.serve.access_log import LOGGER
+from raymodels.serve.capacity import Replicas
 from raymodels.serve.engine import Delta
 from raymodels.serve.gateway import Gateway, app
 from raymodels.serve.openapi import page
@@ -156,9 +157,49 @@ def test_listing_models_starts_none(use: Any, monkeypatch: pytest.MonkeyPatch) -
         assert (await client.get("/v1/models/n")).json() == asleep
         assert (await client.get("/openapi.json")).status_code == 200
         monkeypatch.setattr(serve, "status", lambda: serve_status([]))
+        await gateway._capacity.look()
         assert (await client.get("/v1/models/m")).json() == awake  # as last heard of
 
     use(what)
+
+
+def test_listing_models_asks_serve_no_more_than_once_a_moment(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        monkeypatch.setattr(serve, "status", lambda: asked.append(1) or serve_status(["m--v1"]))
+        for path in ["/v1/models", "/v1/models/m", "/openapi.json"] * 3:
+            assert (await client.get(path)).status_code == 200
+
+    use(what)
+    assert len(asked) == 1
+
+
+def test_a_model_that_does_not_load_is_503_with_the_cause_and_leaves_others_unharmed(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        failed = {"n--v1": Replicas(0, "REPLICA_STARTUP_FAILED", "model.safetensors was changed")}
+        gateway._capacity.update({"m--v1": Replicas(1, "UPSCALE_COMPLETED"), **failed})
+        gateway._capacity._looked_at = asyncio.get_running_loop().time()
+        for answer in (
+            await client.get("/v1/models/n"),
+            await ask(client, model="n"),
+            await ask(client, model="n", stream=True),
+            await client.post("/v1/embeddings", json={"model": "n", "input": "x"}),
+        ):
+            assert error(answer) == (503, "model_not_loading")
+            assert answer.json()["error"]["message"] == "the model 'n' does not load: model.safetensors was changed"
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert (await ask(client)).status_code == 200
+        assert (await client.get("/v1/models/m")).json()["root"] == "m@1"
+        assert [(each["id"], each["root"]) for each in (await client.get("/v1/models")).json()["data"]] == [
+            ("m", "m@1"),
+            ("n", None),
+        ]
+        await gateway._capacity.look()  # by now it runs
+        assert (await ask(client, model="n")).status_code == 200
+
+    use(what)
+    assert {line["error"] for line in use.log() if line["status"] == 503} == {"model_not_loading"}
 
 
 def test_every_route_asks_for_the_key_and_shows_a_tenant_its_own_models(use: Any, tmp_path: Path) -> None:
