@@ -28,6 +28,9 @@ def add(
     tokens_per_minute: Annotated[int | None, typer.Option(help="Default: no limit")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests at once; default: no limit")] = None,
     priority: Annotated[int | None, typer.Option(help="Share of a busy model, relative to others'; default: 1")] = None,
+    metrics: Annotated[
+        bool | None, typer.Option(help="Whether it may read /metrics, of all tenants; default: no")
+    ] = None,
 ) -> None:
     """Make a key for a tenant, new or not, and print it, this once: the file keeps its hash alone."""
     from raymodels.serve.tenants import add_key
@@ -40,6 +43,7 @@ def add(
         tokens_per_minute=tokens_per_minute,
         concurrency=concurrency,
         priority=priority,
+        metrics=metrics,
     )
     print(f"the key of {name}, which cannot be shown again:", file=sys.stderr)
     print(key)
@@ -56,7 +60,7 @@ def list_command(
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
-        limits = [f"{name}={value}" for name, value in row.items() if isinstance(value, int)]
+        limits = [f"{name}={value}" for name, value in row.items() if isinstance(value, int) and value is not False]
         print("\t".join([row["name"], ",".join(row["keys"]), ",".join(row["models"]), " ".join(limits)]))
 
 

@@ -105,7 +105,7 @@ class HttpConfig(Section):
     gateway_replicas: Positive = Field(1, description="quotas and queues are divided among them evenly")
     gateway_cpus: float = Field(0.1, gt=0)
     keys_file: str | None = Field(None, description="tenants and their hashed keys; without it anybody may call")
-    metrics_open: bool = Field(False, description="with keys_file: whether /metrics can be read without a key")
+    metrics_open: bool = Field(False, description="with keys_file: whether anybody may read /metrics, without a key")
     max_prompt_tokens: Positive | None = Field(None, description="of all prompts of a request together")
     max_output_tokens: Positive | None = Field(None, description="of one choice; default: what the context leaves")
     max_queue_tokens: Positive = Field(1_000_000, description="in and out, of requests waiting for one model")
@@ -151,6 +151,7 @@ class TenantConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=100)
     keys: tuple[str, ...] = Field(description="sha256:HEX of each key; several while one replaces another")
     models: tuple[str, ...] = Field(("*",), description="names of the models it may call; * is every model")
+    metrics: bool = Field(False, description="whether it may read /metrics, which shows the usage of all tenants")
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = Field(None, description="of prompts and answers")
     concurrency: Positive | None = Field(None, description="requests waiting or answered at once")

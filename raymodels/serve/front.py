@@ -155,6 +155,8 @@ class Front:
                 try:
                     visit.deadline = min(visit.deadline, loop_time + asked_seconds(headers.get("x-request-timeout")))
                     visit.tenant = self._tenant(scope["path"], headers)
+                    if scope["path"] == METRICS and not visit.tenant.metrics:
+                        raise unreadable(visit.tenant)
                     await app(scope, receive, sending)
                 except Refused as refused:
                     visit.refused(refused.problem)
@@ -253,6 +255,12 @@ def forbidden(tenant: TenantConfig, model: str) -> Refused:
     return Refused(
         Problem(status=403, message=message, type="permission_error", param="model", code="model_not_allowed")
     )
+
+
+def unreadable(tenant: TenantConfig) -> Refused:
+    """The refusal of the metrics, which are of all tenants, to one that may not read them."""
+    message = f"the key of {tenant.name} does not give access to {METRICS}: its tenant needs metrics: true"
+    return Refused(Problem(status=403, message=message, type="permission_error", code="metrics_not_allowed"))
 
 
 def not_loading(model: str, why: str) -> Refused:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 3.0
 PREFIX = "rm-"
-ANYBODY = TenantConfig(name="anybody", keys=())
+ANYBODY = TenantConfig(name="anybody", keys=(), metrics=True)
 """Every caller of an endpoint without a keys file."""
 
 

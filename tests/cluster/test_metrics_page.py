@@ -30,7 +30,7 @@ ADDED = frozenset({"app_kubernetes_io_component", "ray_io_cluster", "pod"})  # b
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A keys file, and the key in it."""
     file = str(tmp_path_factory.mktemp("keys") / "keys.yaml")
-    return file, add_key(file, "alice")
+    return file, add_key(file, "alice", metrics=True)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,11 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     file = str(tmp_path_factory.mktemp("keys") / "keys.yaml")
-    keys = {"file": file, "team": add_key(file, "team"), "narrow": add_key(file, "narrow", models=["other"])}
+    keys = {
+        "file": file,
+        "team": add_key(file, "team", metrics=True),
+        "narrow": add_key(file, "narrow", models=["other"]),
+    }
     return keys | {"slow": add_key(file, "slow", requests_per_minute=2), "leaver": add_key(file, "leaver")}
 
 
@@ -97,6 +101,8 @@ def test_keys(endpoint: Endpoint, keys: dict[str, str]) -> None:
     assert ask(endpoint, None).status_code == ask(endpoint, "rm-wrong").status_code == 401
     assert ask(endpoint, keys["team"]).status_code == 200
     assert ask(endpoint, keys["narrow"]).status_code == 403
+    own = {"Authorization": f"Bearer {keys['narrow']}"}
+    assert httpx.get(endpoint.url + "/metrics", headers=own).status_code == 403
 
 
 def test_the_openai_client_sees_its_own_errors(endpoint: Endpoint, keys: dict[str, str]) -> None:

@@ -54,7 +54,7 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def url(model_dir: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("endpoint")
     keys = str(folder / "keys.yaml")
-    secrets["all"] = add_key(keys, "all")
+    secrets["all"] = add_key(keys, "all", metrics=True)
     secrets["one"] = add_key(keys, "one", models=["terse"])
     with endpoint(folder, {"base": model_dir}, EngineConfig(max_batch=8), {"base": adapters}, keys_file=keys) as url:
         yield url

@@ -132,7 +132,17 @@ def test_every_route_but_the_probes_needs_a_key(keys_file: str) -> None:
     assert stage.ask("/healthz", method="GET").status_code == 200
     assert stage.ask("/v1/m", key=key).json() == {"text": "ab"}
     assert stage.ask("/nowhere", key=key, method="GET").status_code == 404
-    assert stage.ask("/metrics", key=key, method="GET").status_code == 200
+
+
+def test_metrics_are_for_tenants_that_may_read_them(keys_file: str) -> None:
+    """They show what all tenants use."""
+    tenant, operator = add_key(keys_file, "a"), add_key(keys_file, "prometheus", models=["none"], metrics=True)
+    stage = Stage(HttpConfig(keys_file=keys_file))
+    answer = stage.ask("/metrics", key=tenant, method="GET")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "metrics_not_allowed")
+    assert stage.ask("/metrics", key=operator, method="GET").status_code == 200
+    assert stage.ask("/v1/m", key=operator).status_code == 403
+    assert Stage(HttpConfig()).ask("/metrics", method="GET").status_code == 200  # without tenants
 
 
 def test_metrics_may_be_open_while_the_rest_is_not(keys_file: str) -> None:

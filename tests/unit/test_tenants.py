@@ -205,6 +205,13 @@ def test_the_commands(file: str, capsys: pytest.CaptureFixture[str], monkeypatch
     assert out.split("\t")[:3] == ["search", f"{hashed(first)[:19]},{hashed(second)[:19]}", "m,n"]
     assert json.loads(run("list", "--file", file, "--json")[1])[0]["tokens_per_minute"] == 9000
 
+    metrics = run("add", "prometheus", "--file", file, "--model", "none", "--metrics")[1].strip()
+    assert Tenants(file).of(f"Bearer {metrics}").metrics
+    assert not Tenants(file).of(f"Bearer {first}").metrics
+    shown = dict(line.split("\t", 1) for line in run("list", "--file", file)[1].splitlines())
+    assert ("metrics=True" in shown["prometheus"], "metrics" in shown["search"]) == (True, False)
+    assert run("revoke", "prometheus", "--file", file)[0] == 0
+
     assert run("revoke", "search", "--file", file, "--key", hashed(first)[:19])[:2] == (0, "1 key of search revoked\n")
     tenants.refresh()
     refused(tenants, f"Bearer {first}")
