@@ -30,9 +30,13 @@ Show = Callable[["Counts", int], None]
 def batch(
     input: Annotated[str, typer.Argument(metavar="INPUT.jsonl", help="Requests, one JSON object per line")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT.jsonl", help="Answers; errors go to OUTPUT.errors.jsonl")],
-    model: Annotated[str, typer.Option(help="NAME, NAME@3 or NAME@alias; with --config, a name that it serves")],
+    model: Annotated[
+        str, typer.Option(help="NAME, NAME@3 or NAME@alias; with --config, a name that it serves, an adapter's too")
+    ],
     registry: Annotated[str | None, typer.Option(help="Folder or bucket; default: the config's, or ./registry")] = None,
-    config: Annotated[Path | None, typer.Option(help="A serve config, for the model's engine, cpus and gpus")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A serve config: the model's engine, adapters, cpus and gpus")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value of the config")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many replicas answer side by side")] = 1,
     cpus: Annotated[float | None, typer.Option(min=0.01, help="CPUs of a replica; default: the config's, or 1")] = None,
@@ -43,9 +47,11 @@ def batch(
     Exits with 0 once every line is in one of the two files, with however many errors.
     """
     settings = _settings(config, overrides, registry, model, cpus)
+    served = settings.models[0]
+    unnamed = model if model in served.adapters else None
     from raymodels.batch.job import Batch, run
 
-    job = Batch(input, output, settings.registry, settings.models[0], concurrency, settings.start_timeout_s)
+    job = Batch(input, output, settings.registry, served, concurrency, settings.start_timeout_s, unnamed)
     with _showing() as show:
         summary = run(job, show, lambda text: print(text, file=sys.stderr, flush=True))
     result: dict[str, Any] = {
@@ -82,15 +88,16 @@ def _settings(
 
 
 def _model(config: ServeConfig, reference: str) -> ModelServeConfig:
-    """The config's model of that name; of another version, if one is named."""
+    """The config's model of that name, or with an adapter of that name; of another version, if one is named."""
     name, version = reference.partition("@")[::2]
     for model in config.models:
-        if reference == model.public_name:
+        if reference in (model.public_name, *model.adapters):
             return model
         if version and name == model.model.partition("@")[0]:
             return model.model_copy(update={"model": reference})
     raise ConfigError(
-        f"--model {reference}: the config serves {', '.join(model.public_name for model in config.models)}"
+        f"--model {reference}: the config serves "
+        f"{', '.join(name for model in config.models for name in (model.public_name, *model.adapters))}"
     )
 
 

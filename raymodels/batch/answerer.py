@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from raymodels.batch.lines import (
 from raymodels.config import EngineConfig
 from raymodels.errors import RaymodelsError
 from raymodels.serve.answers import Usage, answer_to, embeddings
-from raymodels.serve.engine import Delta
+from raymodels.serve.engine import NO_ADAPTERS, Delta
 from raymodels.serve.replica import Accepted, Replica
 from raymodels.serve.schema import EmbeddingRequest, Problem, Refused, Request
 
@@ -60,19 +61,29 @@ class Answerer:
 
     Args:
         place: the input.
-        served_as: the name that requests may call the model by.
-        registry, reference, engine, threads: as for `Replica`.
+        served_as: the name that requests may call the model by; its adapters go by their own.
+        unnamed: which of these names is meant by a request that has none.
+        registry, reference, engine, threads, adapters: as for `Replica`.
     """
 
     def __init__(
-        self, place: str, served_as: str, registry: str, reference: str, engine: EngineConfig, threads: int
+        self,
+        place: str,
+        served_as: str,
+        unnamed: str,
+        registry: str,
+        reference: str,
+        engine: EngineConfig,
+        threads: int,
+        adapters: Mapping[str, str] = NO_ADAPTERS,
     ) -> None:
         self._place = place
-        self._served_as = served_as
+        self._names = (served_as, *adapters)
+        self._unnamed = unnamed
         self._room = asyncio.Semaphore(lines_at_once(engine))
         self._failure: RaymodelsError | None = None
         try:
-            self._replica = Replica(registry, reference, engine, threads)
+            self._replica = Replica(registry, reference, engine, threads, adapters)
         except RaymodelsError as error:  # raised here, it would be tried again, and arrive wrapped in Ray's own error
             self._failure = error
 
@@ -102,7 +113,7 @@ class Answerer:
         except NoRequest as error:
             return Outcome.of(error_line(line.number, error))
         try:
-            request = request_of(entry, self._served_as)
+            request = request_of(entry, self._names, self._unnamed)
             async with self._room:
                 body = await self._body(request)
             return Outcome.of(answer_line(entry.custom_id, 200, body), body["usage"])
@@ -127,14 +138,14 @@ class Answerer:
             await asyncio.sleep(FULL_WAIT_S)
 
     async def _embedded(self, request: EmbeddingRequest) -> Json:
-        found = await self._replica.embed(request)
+        found = await self._replica.embed(request, self._adapter(request))
         if isinstance(found, Problem):
             raise Refused(found)
         return embeddings(request, found.vectors, found.prompt_tokens)
 
     async def _generated(self, request: Request) -> Json:
         usage, deltas = Usage(0), list[Delta]()
-        async for item in self._replica.generate(request):
+        async for item in self._replica.generate(request, adapter=self._adapter(request)):
             if isinstance(item, Problem):
                 raise Refused(item)
             if isinstance(item, Accepted):
@@ -144,3 +155,7 @@ class Answerer:
                     usage.add(delta)
                 deltas += item
         return answer_to(request).whole(deltas, usage)
+
+    def _adapter(self, request: Work) -> str | None:
+        """The adapter that a request is for; none if it is for the model itself."""
+        return request.model if request.model != self._names[0] else None

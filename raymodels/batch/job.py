@@ -34,6 +34,7 @@ from raymodels.cluster import asking_for, connect, wait_for_room
 from raymodels.config import ModelServeConfig, WorkersConfig
 from raymodels.errors import ConfigError, IntegrityError, RaymodelsError, RunInUse
 from raymodels.registry import Registry, Version
+from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
 
 SPEED = {"max_batch", "max_queue", "prefill_chunk", "kv_memory", "prefix_cache", "threads"}
 """Settings of the engine that may change between two starts: they change how fast it answers, not what."""
@@ -46,9 +47,11 @@ class Batch:
 
     Args:
         input, output: places of JSON lines.
-        model: which version, under which name, with how much of a machine. Its autoscaling is not looked at.
+        model: which version, under which name, with which adapters and how much of a machine. Its autoscaling is not
+            looked at.
         replicas: how many actors answer side by side.
         start_timeout_s: how long to wait for a cluster that can hold them.
+        unnamed: the name, the model's or an adapter's, that lines without one mean; default: the model's.
     """
 
     input: str
@@ -57,6 +60,7 @@ class Batch:
     model: ModelServeConfig
     replicas: int = 1
     start_timeout_s: float = 600.0
+    unnamed: str | None = None
 
     @property
     def _stem(self) -> str:
@@ -121,6 +125,7 @@ def run(
     Raises:
         ConfigError: the output is of another batch; says what differs.
         RunInUse: another process works on this batch.
+        AdapterError: an adapter cannot be used with the model; says why.
         DataError, RegistryError, IntegrityError, StorageError, ClusterError, ServeError: of input, model or cluster.
     """
     began = time.monotonic()
@@ -132,8 +137,12 @@ def run(
     )
     if batch.input in (batch.output, batch.errors):
         raise ConfigError(f"{batch.input} is both read and written: name another output")
-    version = Registry(batch.registry).resolve(batch.model.model)
+    registry = Registry(batch.registry)
+    version = registry.resolve(batch.model.model)
     given = index(batch.input)
+    adapters = {name: resolved(source, registry) for name, source in batch.model.adapters.items()}
+    check_all(adapters, registry, version)
+    batch = replace(batch, model=batch.model.model_copy(update={"adapters": adapters}))
     with _alone(batch):
         record = _begun(batch, _identity(batch, version, given))
         if record["status"] != COMPLETED:
@@ -154,6 +163,8 @@ def _identity(batch: Batch, version: Version, given: Input) -> Json:
         "model": version.reference,
         "model_sha256": manifest.digest(version.place),
         "served_as": batch.model.public_name,
+        "unnamed": batch.unnamed,
+        "adapters": {name: fingerprint(source) for name, source in batch.model.adapters.items()} or None,
         **{f"engine.{key}": value for key, value in batch.model.engine.model_dump(exclude=SPEED, mode="json").items()},
         "part": f"{PART_LINES} lines or {PART_BYTES} bytes",
     }
@@ -252,10 +263,12 @@ def _answered(
             fn_constructor_args=(
                 batch.input,
                 model.public_name,
+                batch.unnamed or model.public_name,
                 batch.registry,
                 version.reference,
                 model.engine,
                 threads,
+                model.adapters,
             ),
             compute=ray.data.ActorPoolStrategy(
                 size=replicas, max_concurrent_calls_per_actor=at_once, max_tasks_in_flight_per_actor=at_once

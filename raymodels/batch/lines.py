@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -178,16 +178,20 @@ def entry_of(line: Line) -> Entry:
     return Entry(custom_id, url, body)
 
 
-def request_of(entry: Entry, served_as: str) -> Work:
+def request_of(entry: Entry, names: Collection[str], unnamed: str) -> Work:
     """The request of an entry, read as the endpoint reads it.
+
+    Args:
+        names: the models that it may be for.
+        unnamed: which of them it is for if it does not say.
 
     Raises:
         Refused: names the field.
     """
-    body = entry.body if entry.body.get("model") is not None else entry.body | {"model": served_as}
+    body = entry.body if entry.body.get("model") is not None else entry.body | {"model": unnamed}
     request: Work = READERS[entry.url](body)
-    if request.model != served_as:
-        message = f"this batch is for the model {served_as!r}, not {request.model!r}"
+    if request.model not in names:
+        message = f"this batch is for the model {' or '.join(map(repr, names))}, not {request.model!r}"
         raise Refused(Problem(status=404, message=message, param="model", code="model_not_found"))
     if not isinstance(request, EmbeddingRequest) and request.stream:
         raise refused("stream: the answers of a batch are whole, leave it out", "stream")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 
 from raymodels.batch.job import Batch, Counts, run
 from raymodels.config import ModelServeConfig
-from raymodels.errors import ConfigError, IntegrityError, RunInUse
+from raymodels.errors import AdapterError, ConfigError, IntegrityError, RunInUse
 from raymodels.registry import Registry
+from tests.lora_adapters import random_adapter
 
 LINES = 600
 # Ray Data warns of its own settings while it copies them.
@@ -155,6 +157,29 @@ def test_what_is_completed_is_not_done_again_and_nothing_else_goes_into_it(
         run(batch(tmp_path, registry, model="tiny@1"))
     assert (tmp_path / "out.jsonl").read_bytes() == content
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_lines_for_adapters_and_a_batch_whose_adapters_have_changed(
+    ray_cluster: Any, registry: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    settings = {"target_modules": "all-linear", "r": 8, "lora_alpha": 64}
+    folder = random_adapter(tmp_path / "terse", tiny_model_dir, seed=1, **settings)
+    Registry(registry).publish("terse", str(folder), {})
+    entries = requests(3)
+    for entry, model in zip(entries, ("tiny", "terse", None), strict=True):
+        entry["body"] |= {"prompt": "the model", "model": model}
+    write(tmp_path, entries)
+    model = {"model": "tiny@1", "adapters": {"terse": "registry:terse@1"}}
+    given = replace(batch(tmp_path, registry, **model), unnamed="terse")
+    assert run(given).counts.completed == 3
+    found = texts(tmp_path)
+    assert found["r0"] != found["r1"] == found["r2"]
+    with pytest.raises(ConfigError, match=r"unnamed was terse, is None"):
+        run(replace(given, unnamed=None))
+    with pytest.raises(ConfigError, match=r"adapters was {'terse': 'registry:terse@1'}, is {'terse': '/.*"):
+        run(replace(batch(tmp_path, registry, **model | {"adapters": {"terse": str(folder)}}), unnamed="terse"))
+    with pytest.raises(AdapterError, match=r"adapter terse: .* is not in PEFT's format"):
+        run(batch(tmp_path, registry, **model | {"adapters": {"terse": "tiny@1"}}))
 
 
 def test_two_drivers_do_not_work_on_one_batch(registry: str, tmp_path: Path) -> None:

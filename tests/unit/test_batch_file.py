@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from raymodels import storage
 from raymodels.batch import lines as batch_lines
@@ -22,6 +23,7 @@ from raymodels.config import EngineConfig
 from raymodels.errors import DataError, IntegrityError, StorageError
 from raymodels.registry import Registry
 from raymodels.serve.schema import Refused
+from tests.lora_adapters import adapted_scores, random_adapter
 
 URL = "/v1/completions"
 
@@ -132,22 +134,26 @@ def test_a_line_that_is_no_request(content: bytes | None, code: str) -> None:
 
 def test_the_model_may_be_left_out_but_not_be_another() -> None:
     for body in ({}, {"model": None}, {"model": "tiny"}):
-        assert request_of(Entry("a", URL, {"prompt": "x", **body}), "tiny").model == "tiny"
-    with pytest.raises(Refused, match="not 'other'") as raised:
-        request_of(Entry("a", URL, {"prompt": "x", "model": "other"}), "tiny")
+        assert request_of(Entry("a", URL, {"prompt": "x", **body}), ["tiny", "terse"], "tiny").model == "tiny"
+    assert request_of(Entry("a", URL, {"prompt": "x"}), ["tiny", "terse"], "terse").model == "terse"
+    assert request_of(Entry("a", URL, {"prompt": "x", "model": "terse"}), ["tiny", "terse"], "tiny").model == "terse"
+    with pytest.raises(Refused, match="the model 'tiny' or 'terse', not 'other'") as raised:
+        request_of(Entry("a", URL, {"prompt": "x", "model": "other"}), ["tiny", "terse"], "tiny")
     assert (raised.value.problem.status, raised.value.problem.param) == (404, "model")
 
 
 def test_streams_and_bad_fields_are_refused() -> None:
     for field, value in (("stream", True), ("temperature", 5), ("misspelled", 1)):
         with pytest.raises(Refused) as raised:
-            request_of(Entry("a", URL, {"prompt": "x", field: value}), "tiny")
+            request_of(Entry("a", URL, {"prompt": "x", field: value}), ["tiny"], "tiny")
         assert (raised.value.problem.status, raised.value.problem.param) == (400, field)
 
 
-def answered(registry: str, place: str, engine: EngineConfig) -> list[list[dict[str, Any]]]:
+def answered(
+    registry: str, place: str, engine: EngineConfig, unnamed: str = "tiny", **adapters: str
+) -> list[list[dict[str, Any]]]:
     """What an actor makes of every part, all at once: each part's head and lines."""
-    answerer = Answerer(place, "tiny", registry, "tiny@1", engine, threads=1)
+    answerer = Answerer(place, "tiny", unnamed, registry, "tiny@1", engine, threads=1, adapters=adapters)
 
     async def call(part: Part) -> Any:
         row = await answerer({"part": pickle.dumps(part)})
@@ -210,6 +216,41 @@ def test_every_line_is_answered_once_or_told_of(registry: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_line_is_answered_by_the_adapter_that_it_names(registry: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = {"target_modules": "all-linear", "r": 8, "lora_alpha": 64}
+    sources = {
+        "terse": str(random_adapter(tmp_path / "terse", tiny_model_dir, seed=1, **settings)),
+        "verbose": str(random_adapter(tmp_path / "verbose", tiny_model_dir, seed=2, **settings)),
+    }
+    tokens = AutoTokenizer.from_pretrained(tiny_model_dir)("the model reads a line")["input_ids"]
+    scored = {"prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 0}
+    place = str(tmp_path / "in.jsonl")
+    vectors = {"method": "POST", "url": "/v1/embeddings"}
+    write(
+        place,
+        [
+            request("base", model="tiny", **scored),
+            *(request(name, model=name, **scored) for name in sources),
+            request("unnamed", **scored),
+            *({**vectors, "custom_id": f"{m} vector", "body": {"input": "a", "model": m}} for m in ("tiny", "terse")),
+            request("other", model="other"),
+        ],
+    )
+    [part] = answered(registry, place, EngineConfig(max_batch=8), "verbose", **sources)
+    bodies = {line["custom_id"]: line["response"]["body"] for line in part[1:]}
+    assert bodies["other"]["error"]["code"] == "model_not_found"
+    found = {name: bodies[name]["choices"][0]["logprobs"]["token_logprobs"][1:] for name in (*sources, "unnamed")}
+    for name, source in sources.items():
+        assert bodies[name]["model"] == name
+        assert found[name] == pytest.approx(adapted_scores(tiny_model_dir, Path(source), tokens), abs=1e-5)
+    assert (bodies["unnamed"]["model"], found["unnamed"]) == ("verbose", pytest.approx(found["verbose"], abs=1e-5))
+    base = bodies["base"]["choices"][0]["logprobs"]["token_logprobs"][1:]
+    assert base != pytest.approx(found["terse"], abs=1e-2)
+    embedded = [bodies[f"{name} vector"]["data"][0]["embedding"] for name in ("tiny", "terse")]
+    assert embedded[0] != pytest.approx(embedded[1], abs=1e-3)
+
+
+@pytest.mark.slow
 def test_a_model_that_was_changed_ends_the_batch(registry: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     other = Registry(str(tmp_path / "registry"))
     version = other.publish("tiny", str(tiny_model_dir), {})
@@ -259,6 +300,8 @@ def test_a_configs_model_by_its_name_or_in_another_version(tmp_path: Path) -> No
         (model,) = settings.models
         assert (settings.registry, model.model, model.public_name, model.cpus) == ("r", version, "chat", 2)
         assert model.engine.max_batch == 8
+    settings = _settings(config, ["models.0.adapters={terse: ./terse}"], None, "terse", None)
+    assert (settings.models[0].public_name, settings.models[0].adapters) == ("chat", {"terse": "./terse"})
     settings = _settings(config, ["models.0.cpus=3"], "other", "chat", None)
     assert (settings.registry, settings.models[0].cpus) == ("other", 3)
     settings = _settings(None, None, None, "tiny@3", 0.5)
