@@ -197,15 +197,37 @@ def tag_model(
 
 
 @models.command("publish")
-def publish_model(config: ConfigPath, overrides: Overrides = []) -> None:
-    """Publish the newest checkpoint of a config's run as its publish section says."""
-    settings = load(config, overrides)
+def publish_model(
+    source: Annotated[str, typer.Argument(help="A YAML config, or the folder of a LoRA adapter in PEFT's format")],
+    overrides: Overrides = [],
+    name: Annotated[str | None, typer.Option(help="Of an adapter: the name to publish it as")] = None,
+    base: Annotated[str | None, typer.Option(help="Of an adapter: what it was trained over, such as NAME@3")] = None,
+    alias: Annotated[str | None, typer.Option(help="Of an adapter: an alias to move to it, such as prod")] = None,
+    registry: Annotated[str | None, typer.Option(help="Of an adapter: default ./registry")] = None,
+) -> None:
+    """Publish the newest checkpoint of a config's run as its publish section says, or an adapter."""
+    if Path(source).is_dir() or "://" in source or (name and not Path(source).exists()):
+        if overrides or not (name and base):
+            raise ConfigError(f"{source} is a folder, so an adapter's: give --name and --base, and no --set")
+        print(_publish_adapter(source, name, base, alias, registry or "./registry"))
+        return
+    if name or base or alias or registry:
+        raise ConfigError("--name, --base, --alias and --registry are an adapter's; a config says it in publish")
+    settings = load(source, overrides)
     if settings.publish is None:
         raise ConfigError("publish: missing; give publish.name")
     from raymodels.checkpoint.layout import open_checkpoint
     from raymodels.publish import publish
 
     print(publish(settings, open_checkpoint(settings.place)).reference)
+
+
+def _publish_adapter(folder: str, name: str, base: str, alias: str | None, place: str) -> str:
+    from raymodels.registry import Registry
+    from raymodels.serve.adapter_sources import publish_adapter
+
+    registry = Registry(place)
+    return publish_adapter(registry, name, folder, registry.resolve(base), alias).reference
 
 
 @app.command()

@@ -75,7 +75,7 @@ class ModelServeConfig(Section):
     adapters: dict[str, str] = Field(
         default_factory=dict,
         description="LoRA adapters over this model, in PEFT's format: the model name that clients use for each -> its "
-        "folder (./folder, /folder) or NAME, NAME@3 or NAME@alias in the registry",
+        "folder (./folder, /folder) or NAME, NAME@3 or NAME@alias in the registry (`raymodels models publish`)",
     )
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)

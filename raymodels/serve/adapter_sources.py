@@ -1,7 +1,8 @@
-"""Where adapters lie: in a folder that every node sees, or as a version in the registry."""
+"""Where adapters lie: in a folder that every node sees, or as a version in the registry; and how they get there."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from raymodels import manifest, storage
 from raymodels.errors import AdapterError
 from raymodels.registry import PREFIX, Registry, Version
-from raymodels.serve.adapters import check_adapter
+from raymodels.serve.adapters import CONFIG, WEIGHTS, check_adapter
 
 
 def resolved(source: str, registry: Registry) -> str:
@@ -51,3 +52,25 @@ def check_all(adapters: Mapping[str, str], registry: Registry, base: Version) ->
         storage.copy_file(storage.join(base.model_place, "config.json"), str(Path(folder) / "config.json"))
         for name, source in adapters.items():
             check_adapter(name, fetched(source, registry), folder)
+
+
+def publish_adapter(registry: Registry, name: str, folder: str, base: Version, alias: str | None = None) -> Version:
+    """Publish an adapter in PEFT's format, checked as for serving; its card names the base and holds its settings.
+
+    Of the folder, or a place in a bucket, go the settings and the weights alone: a trainer leaves much else there.
+
+    Raises:
+        AdapterError: it cannot be served over the base; says why.
+        RegistryError: the name or alias is not usable.
+    """
+    with tempfile.TemporaryDirectory(prefix="raymodels-adapter-") as copied:
+        for file in (CONFIG, WEIGHTS):
+            if storage.exists(storage.join(folder, file)):
+                storage.copy_file(storage.join(folder, file), str(Path(copied) / file))
+        try:
+            check_all({name: copied}, registry, base)
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(copied, folder)) from error
+        settings = json.loads((Path(copied) / CONFIG).read_text())
+        card = {"base": base.reference, "base_digest": manifest.digest(base.place), "adapter": settings}
+        return registry.publish(name, copied, card, alias)

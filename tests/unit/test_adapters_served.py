@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,16 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
+from raymodels import manifest
+from raymodels.cli import main
 from raymodels.client import Client
 from raymodels.config import EngineConfig, ServeConfig, validate
 from raymodels.errors import AdapterError, ConfigError, RegistryError
 from raymodels.registry import Registry
 from raymodels.serve import deploy as deploying
-from raymodels.serve.adapter_sources import fetched, fingerprint, resolved
-from raymodels.serve.adapters import CONFIG
+from raymodels.serve.adapter_sources import check_all, fetched, fingerprint, resolved
+from raymodels.serve.adapters import CONFIG, WEIGHTS
+from raymodels.serve.answers import Usage, answer_to
 from raymodels.serve.deploy import deploy
 from raymodels.serve.replica import Replica
 from raymodels.serve.schema import read_completion, read_embedding
@@ -156,6 +163,65 @@ def test_a_registry_holds_adapters_too(registry: Registry, adapters: dict[str, P
     source = resolved("terse@prod", registry)
     assert source == fingerprint(source) == "registry:terse@1"
     assert (Path(fetched(source, registry)) / CONFIG).read_text() == (adapters["terse"] / CONFIG).read_text()
+
+
+def test_a_folder_is_published_with_its_base_and_served_as_a_version(
+    registry: Registry, model_dir: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(adapters["verbose"], tmp_path / "verbose")
+    (folder / "optimizer.pt").write_bytes(b"pickled")  # as PEFT's trainer leaves it
+    words = ["publish", str(folder), "--name", "verbose", "--base", "base", "--alias", "prod"]
+    assert run_models(monkeypatch, *words, "--registry", registry.place) == (0, "verbose@1\n", "")
+    version = registry.resolve("verbose@prod")
+    version.verify()
+    assert sorted(path.name for path in Path(version.model_place).iterdir()) == [CONFIG, WEIGHTS]
+    assert (version.card["base"], version.card["adapter"]["r"]) == ("base@1", 8)
+    assert version.card["base_digest"] == manifest.digest(registry.resolve("base").place)
+    source = resolved("registry:verbose@1", registry)
+    check_all({"verbose": source}, registry, registry.resolve("base"))
+    replica = Replica(registry.place, "base@1", EngineConfig(), threads=1, adapters={"verbose": source})
+    tokens = AutoTokenizer.from_pretrained(model_dir)(PROMPT)["input_ids"]
+    request = read_completion({"model": "verbose", "prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 0})
+
+    async def ask() -> list[Any]:
+        return [item async for item in replica.generate(request, adapter="verbose")]
+
+    deltas = [delta for item in asyncio.run(ask())[1:] for delta in item]
+    [choice] = answer_to(request).whole(deltas, Usage(0))["choices"]
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(
+        adapted_scores(model_dir, adapters["verbose"], tokens), abs=1e-5
+    )
+    replica._engine.close()
+
+
+def test_an_adapter_that_cannot_be_served_is_not_published(
+    registry: Registry, adapters: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.publish("other", str(tiny_model_dir), {})
+    broken = shutil.copytree(adapters["terse"], tmp_path / "broken")
+    (broken / WEIGHTS).unlink()
+    for folder, base, message in (
+        (adapters["terse"], "terse", "config.json"),
+        (adapters["terse"], "nowhere", "no model 'nowhere'"),
+        (broken, "base", f"adapter new: {broken} has no {WEIGHTS}"),
+        (tmp_path, "base", f"adapter new: {tmp_path} is not in PEFT's format"),
+        (tmp_path / "none", "base", f"adapter new: {tmp_path}/none is not in PEFT's format"),
+        (random_adapter(tmp_path / "dora", tiny_model_dir, use_dora=True), "other", "use_dora"),
+    ):
+        words = ["publish", str(folder), "--name", "new", "--base", base, "--registry", registry.place]
+        code, out, err = run_models(monkeypatch, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert registry.versions("new") == []
+
+
+def run_models(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """The command `raymodels models`: exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["raymodels", "models", *words])
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
 def test_a_changed_folder_has_another_fingerprint(model_dir: Path, registry: Registry, tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_a_dry_run_in_json(call: Call) -> None:
         (["models", "list", "--registry", "nonsense://x"], 2, "cannot open nonsense://x"),
         (["models", "show", "lm", "--registry", "nowhere"], 2, "no model 'lm' in nowhere; models: none"),
         (["models", "publish", DEMO, "--set", "publish=null"], 2, "publish: missing; give publish.name"),
+        (["models", "publish", DEMO, "--name", "lm"], 2, "are an adapter's; a config says it in publish"),
+        (
+            ["models", "publish", "tests", "--name", "lm"],
+            2,
+            "tests is a folder, so an adapter's: give --name and --base",
+        ),
+        (["models", "publish", "tests", "--name", "a", "--base", "lm", "--registry", "nowhere"], 2, "no model 'lm'"),
         (["export", "nowhere", "target"], 2, "nowhere"),
         (["complete", "Hi", "--url", "http://127.0.0.1:1"], 1, "cannot connect to http://127.0.0.1:1"),
     ],
