@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from raymodels.serve.admission import Admission, Queue, Room, Slot
 from raymodels.serve.capacity import Capacity, Replicas
 from raymodels.serve.routing import Route, Routes
 from raymodels.serve.scaling import ServePolicy
+from raymodels.serve.schema import Refused
 from raymodels.serve.tenants import Tenants, hashed
 from raymodels.train.stacks import Stack
 from raymodels.train.verdict import Bounds, accuse, overdue, slow_ranks
@@ -249,6 +251,29 @@ async def through(tenants: int, each: int) -> float:
     return (time.process_time() - start) / (tenants * each)
 
 
+async def refused(tenants: int) -> float:
+    """Seconds a refusal, where all tenants wait, one of them with most, and the queue is full."""
+    queue = Queue("m", lambda: Room(32, tenants, 10**9))
+    who = [TenantConfig(name=f"t{n}", keys=()) for n in range(tenants)]
+    loop = asyncio.get_running_loop()
+
+    async def ask(tenant: TenantConfig) -> None:
+        await queue.enter(tenant, Slot(100, 1, loop.create_future()), loop.time() + 600)
+
+    waiting = [loop.create_task(ask(tenant)) for tenant in [*who[:32], *who]]
+    while queue.waiting < tenants:
+        await asyncio.sleep(0)
+    start, rounds = time.process_time(), 200
+    for _ in range(rounds):
+        with suppress(Refused):
+            await ask(who[0])
+    seconds = (time.process_time() - start) / rounds
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    return seconds
+
+
 async def alone(tenants: int) -> float:
     """Seconds a request of a model with room, after so many tenants have asked it once."""
     admission = Admission(lambda model: Room(32, 10**6, 10**9))
@@ -263,10 +288,12 @@ async def alone(tenants: int) -> float:
 
 
 def queues(folder: Path, small: bool) -> list[Part]:
-    busy = [asyncio.run(through(tenants, 3)) for tenants in (100, 1000)]
+    busy = [min(asyncio.run(through(tenants, 3)) for _ in range(3)) for tenants in (100, 1000)]
+    full = [min(asyncio.run(refused(tenants)) for _ in range(3)) for tenants in (100, 1000)]
     idle = [min(asyncio.run(alone(tenants)) for _ in range(3)) for tenants in (100, 1000)]
     return [
-        Part("fair_queue_full", "1,000 tenants waiting", *busy, 1e-3, LINEAR, "a ms a request"),
+        Part("fair_queue_busy", "1,000 tenants waiting", *busy, 1e-3, CONSTANT, "a ms a request"),
+        Part("fair_queue_full", "1,000 tenants waiting", *full, 1e-3, LINEAR, "a ms a refusal"),
         Part("fair_queue_idle", "1,000 tenants seen", *idle, 1e-3, LINEAR, "a ms a request"),
     ]
 

@@ -14,6 +14,8 @@ the one that has just arrived or one that waits.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -82,6 +84,8 @@ class Queue:
     def __init__(self, model: str, room: Callable[[], Room]) -> None:
         self._room = room
         self._lines: dict[str, Line] = {}
+        self._order: list[tuple[float, int, Line]] = []  # a heap: what a line had had when it was put here
+        self._ordered = itertools.count()
         self._now = 0.0  # virtual time: what the line had had that was served last
         self._moved, self._moved_at = 0.0, 0.0
         self.running = self.running_sequences = 0
@@ -102,6 +106,8 @@ class Queue:
             line.served = max(line.served, self._now)
         self._count(line, slot, 1)
         line.slots.append(slot)
+        if len(line.slots) == 1:
+            self._put(line)
         self.dispatch()
         try:
             async with asyncio.timeout_at(deadline):
@@ -121,6 +127,7 @@ class Queue:
         """Give a slot back that was granted."""
         self._run(line, slot, -1)
         line.served += (slot.used_tokens - slot.tokens) / line.priority
+        self._put(line)
         now = asyncio.get_running_loop().time()
         self._moved = self._moved * math.exp((self._moved_at - now) / RATE_S) + slot.used_tokens
         self._moved_at = now
@@ -138,21 +145,36 @@ class Queue:
                 continue
             self._now = max(self._now, line.served)
             line.served += slot.tokens / line.priority
+            self._put(line)
             self._run(line, slot, 1)
             slot.granted.set_result(None)
+        if not self.waiting:
+            self._order.clear()
         for gauge, value in zip(self._gauges, (self.running, self.waiting, self.waiting_tokens), strict=True):
             gauge.set(value)
 
     def _next(self) -> Line | None:
         """Whose turn it is; of the others, who has a right to what is reserved."""
-        lines = [line for line in self._lines.values() if line.slots]
-        first = min(lines, key=lambda line: line.served)
+        first = self._least_served()
         if self._fits(first, first.slots[0]):
             return first
         if self.running_sequences >= self._room().running:
             return None
-        entitled = [line for line in lines if self._reserved(line, line.slots[0])]
+        entitled = [line for line in self._lines.values() if line.slots and self._reserved(line, line.slots[0])]
         return min(entitled, key=lambda line: line.served, default=None)
+
+    def _least_served(self) -> Line:
+        """Of the lines in which somebody waits. One that has changed since it was put in order is there again."""
+        while True:
+            served, _, line = self._order[0]
+            if line.slots and line.served == served:
+                return line
+            heapq.heappop(self._order)
+
+    def _put(self, line: Line) -> None:
+        """Put a line in order, if somebody waits in it: of what it has had there is a new figure."""
+        if line.slots:
+            heapq.heappush(self._order, (line.served, next(self._ordered), line))
 
     def _fits(self, line: Line, slot: Slot) -> bool:
         """Whether the model can take it now. One that is too large at any time goes when nothing else runs."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raymodels.config import HttpConfig, TenantConfig
-from raymodels.serve.admission import Admission, Room, Slot
+from raymodels.serve.admission import Admission, Line, Queue, Room, Slot
 from raymodels.serve.quotas import Bucket, check_prompt, estimated_tokens, limited, sequences
 from raymodels.serve.schema import Refused, read_chat, read_completion, read_embedding
 from tests.unit.virtual_time import run
@@ -315,6 +315,36 @@ def test_a_random_storm_of_leavers_and_deadlines_leaves_nothing_behind() -> None
         assert all(account.open == 0 for account in door._quotas._accounts.values())
 
     run(main())
+
+
+def test_whose_turn_it_is_has_had_least_however_they_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that is kept, against the one that is looked for."""
+    turns = 0
+    kept = Queue._least_served
+
+    def checked(queue: Queue) -> Line:
+        nonlocal turns
+        turns += 1
+        line = kept(queue)
+        assert line.slots and line.served == min(other.served for other in queue._lines.values() if other.slots)
+        return line
+
+    async def main() -> None:
+        door, rng, loop = admission(running=4, waiting=60), random.Random(5), asyncio.get_running_loop()
+        tasks = []
+        for _ in range(3000):
+            await asyncio.sleep(rng.expovariate(4))
+            who = tenant(rng.choice("aaaaabbcdefgh"), priority=rng.randint(1, 3))
+            asked, used = rng.randint(1, 300), rng.randint(0, 500)  # more than was asked for, or less
+            deadline = loop.time() + rng.uniform(1, 30)
+            tasks.append(asyncio.create_task(work(door, who, rng.uniform(0, 2), asked, 1, deadline, used)))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert empty(door)
+        assert door.queue("m")._order == []
+
+    monkeypatch.setattr(Queue, "_least_served", checked)
+    run(main())
+    assert turns > 3000
 
 
 def test_a_deadline_that_passes_in_the_queue_is_504() -> None:
