@@ -12,6 +12,7 @@ import pytest
 from cluster import build_root
 from cluster.build_root import CONTEXT, DOCKERFILE, STAND_INS, Builder, Image
 from cluster.dockerfile import BuildError, Step, expand, ignored, order, parse
+from raymodels.doctor import DRIVERS
 
 STAGES = parse(DOCKERFILE.read_text(), STAND_INS)
 SMALL = """
@@ -175,3 +176,14 @@ def test_without_root_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BuildError, match="run it as root on Linux, or build the image with docker"):
         build_root.build(tmp_path / "new", "cpu", [], [])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_image_keeps_nothing_of_building_the_package(target: str) -> None:
+    [install] = [step.text for step in STAGES[target].steps if step.name == "RUN"]
+    assert install.endswith("pip install --no-cache-dir --no-deps . && rm -rf build raymodels.egg-info")
+
+
+def test_the_image_reaches_every_kind_of_bucket() -> None:
+    names = {line.partition("==")[0] for line in (CONTEXT / "requirements.lock").read_text().splitlines()}
+    assert names >= set(DRIVERS.values())
