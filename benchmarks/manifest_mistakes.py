@@ -57,6 +57,7 @@ BALANCER = made(
     spec={"type": "LoadBalancer", "selector": {"ray.io/node-type": "head"}, "ports": [{"port": 8265}]},
 )
 V2_ENV = {"name": "RAY_enable_autoscaler_v2", "value": "1"}
+TOKEN_ENV = {"name": "RAY_AUTH_TOKEN", "value": "x"}
 REDIS_ENV = {"name": "REDIS_PASSWORD", "value": "x"}
 ORDER = [
     {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 600}},
@@ -357,4 +358,14 @@ MISTAKES = [
     Mistake("an image by its tag", "image-digest", {f"{TRAINER}.image": "raymodels:0.1.0-ray2.60.0-cuda"}),
     Mistake("no token", "ray-token", {f"{TRAIN}.authOptions": REMOVED}, f"{TRAIN}.authOptions.mode"),
     Mistake("no limit of memory", "amounts-missing", {f"{TRAINER}.resources.limits.memory": REMOVED}),
+    Mistake("root by the container", "container-security", {f"{TRAINER}.securityContext.runAsNonRoot": False}),
+    Mistake("a port of the node", "container-security", {f"{REPLICA}.ports[0].hostPort": 8000}),
+    Mistake("a token in the manifest", "secret-shown", {f"{TRAINER}.env[1]": TOKEN_ENV}, f"{TRAINER}.env[1].value"),
+    Mistake("the operator's submitter", "submitter-unconfined", {f"{JOB}.submitterPodTemplate": REMOVED}),
+    Mistake(
+        "no interface for NCCL",
+        "fabric-settings",
+        {f"{TRAIN_POD}.containers[0].env": [{"name": "NCCL_DEBUG", "value": "WARN"}]},
+        overlay="overlays/production-multi-node",
+    ),
 ]

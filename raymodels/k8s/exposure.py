@@ -56,7 +56,7 @@ def public_route(manifests: ManifestSet) -> Problems:
             for key in ("number", "name"):
                 if port.at(key).value in PRIVATE_PORTS.keys() | PRIVATE_NAMES:
                     yield port.at(key), f"publishes {port.at(key).value}, where whoever comes runs code: remove it"
-    for document in manifests.kinds("HTTPRoute", "TCPRoute"):
+    for document in manifests.kinds("HTTPRoute", "GRPCRoute", "TLSRoute", "TCPRoute"):
         for rule in document.at("spec").each("rules"):
             for backend in rule.each("backendRefs"):
                 if backend.at("port").value in PRIVATE_PORTS:

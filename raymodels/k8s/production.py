@@ -8,9 +8,12 @@ from raymodels.k8s.manifests import ManifestSet, Place, Problems
 from raymodels.k8s.quantities import amount
 from raymodels.k8s.resources import containers
 from raymodels.k8s.selectors import selects
-from raymodels.k8s.workloads import Pod, clusters, environment, pods, ray_container
+from raymodels.k8s.workloads import JOBS, Pod, clusters, environment, jobs, pods, ray_container
 
 DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
+SECRET = re.compile(r"(.*_)?(TOKEN|PASSWORD|PASSWD|SECRET|ACCESS_KEY|API_KEY)")
+# What NCCL needs to be told beside the devices; without it, it falls back to TCP and says so only in its log.
+FABRICS = {"vpc.amazonaws.com/efa": "FI_PROVIDER", "rdma/": "NCCL_IB_HCA"}
 
 
 def fixed_gang(manifests: ManifestSet) -> Problems:
@@ -166,6 +169,13 @@ def container_security(manifests: ManifestSet) -> Problems:
             yield context.at("capabilities", "add"), "gives a capability back: remove it"
         if context.at("privileged").value:
             yield context.at("privileged"), "gives the container the node: remove it"
+        if context.at("runAsNonRoot").value is False:
+            yield context.at("runAsNonRoot"), "takes back what the pod says: remove it"
+        if context.at("seccompProfile", "type").value not in (None, "RuntimeDefault"):
+            yield context.at("seccompProfile", "type"), "takes back what the pod says: remove it"
+        for port in container.each("ports"):
+            if port.at("hostPort").value:
+                yield port.at("hostPort"), "opens the port on the node's own address: remove it"
 
 
 def amounts_missing(manifests: ManifestSet) -> Problems:
@@ -212,11 +222,48 @@ def image_digest(manifests: ManifestSet) -> Problems:
 def ray_token(manifests: ManifestSet) -> Problems:
     for cluster in clusters(manifests):
         place = cluster.spec.at("authOptions", "mode")
-        off = environment(ray_container(cluster.head)).get("RAY_AUTH_MODE")
         if place.value != "token":
             yield place, "is not token: whoever reaches the cluster runs code in it; set it"
-        elif off is not None and off.at("value").value != "token":
-            yield off.at("value"), "takes back what authOptions.mode says: remove it"
+    for pod in pods(manifests):
+        for container in pod.containers if pod.role != "plain" else []:
+            told = environment(container).get("RAY_AUTH_MODE")
+            if told is not None and told.at("value").value != "token":
+                yield told.at("value"), "takes back what authOptions.mode says: remove it"
+
+
+def secret_shown(manifests: ManifestSet) -> Problems:
+    for container in containers(manifests):
+        for name, entry in environment(container).items():
+            if SECRET.fullmatch(name.upper()) and entry.at("value").value:
+                yield entry.at("value"), f"{name} can be read in the manifest: set valueFrom.secretKeyRef"
+    for document in manifests.kinds("Secret"):
+        for key in ("data", "stringData"):
+            if document.at(key).value:
+                told = "can be read in the manifest: make the Secret by kubectl, and name it in raymodels/external"
+                yield document.at(key), told
+
+
+def submitter_unconfined(manifests: ManifestSet) -> Problems:
+    """The submitter that the operator makes by itself has the default account and no securityContext."""
+    for job in jobs(manifests):
+        if job.at("submissionMode").value in (None, "K8sJobMode") and not job.at("submitterPodTemplate"):
+            told = "is not set, and the operator's own pod is not confined: give it an account and a securityContext"
+            yield job.at("submitterPodTemplate"), told
+
+
+def fabric_settings(manifests: ManifestSet) -> Problems:
+    """Over which interface the GPUs of several pods meet, and how they use the fabric's devices."""
+    for cluster in clusters(manifests):
+        for group in cluster.workers if cluster.kind in JOBS else []:
+            container = ray_container(group)
+            limits, told = container.at("resources", "limits"), environment(container)
+            several = amount(limits.at("nvidia.com/gpu").value) and (group.at("replicas").value or 0) > 1
+            wanted = ["NCCL_SOCKET_IFNAME"] if several else []
+            for limit in limits.each():
+                wanted += [env for device, env in FABRICS.items() if str(limit.path[-1]).startswith(device)]
+            for name in wanted:
+                if name not in told:
+                    yield container.at("env"), f"{name} is not set: NCCL may take another way than the pods' fabric"
 
 
 SET_RULES = (
@@ -240,4 +287,7 @@ SET_RULES = (
     account_token,
     image_digest,
     ray_token,
+    secret_shown,
+    submitter_unconfined,
+    fabric_settings,
 )

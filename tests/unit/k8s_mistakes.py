@@ -317,6 +317,27 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("account-token", {f"{SERVE_HEAD}.automountServiceAccountToken": False}, None),
     ("image-digest", {f"{TRAIN_HEAD}.containers[0].image": IMAGE[: IMAGE.index("@")] % "cpu"}, None),
     ("ray-token", {f"{TRAIN}.authOptions.mode": "disabled"}, None),
+    (
+        "ray-token",
+        {f"{SERVE_POD}.containers[0].env[0]": {"name": "RAY_AUTH_MODE", "value": "disabled"}},
+        f"{SERVE_POD}.containers[0].env[0].value",
+    ),
+    ("container-security", {f"{TRAIN_POD}.containers[0].securityContext.runAsNonRoot": False}, None),
+    ("container-security", {f"{TRAIN_POD}.containers[0].securityContext.seccompProfile.type": "Unconfined"}, None),
+    ("container-security", {f"{SERVE_POD}.containers[0].ports[0].hostPort": 8000}, None),
+    (
+        "secret-shown",
+        {f"{TRAIN_HEAD}.containers[0].env[0]": {"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}},
+        f"{TRAIN_HEAD}.containers[0].env[0].value",
+    ),
+    ("secret-shown", {"x": made("v1", "Secret", "redis", stringData={"password": "x"})}, "Secret/redis stringData"),
+    ("submitter-unconfined", {f"{NIGHTLY}.jobTemplate.submitterPodTemplate": REMOVED}, None),
+    ("fabric-settings", {f"{TRAIN_POD}.containers[0].env": REMOVED}, None),
+    (
+        "fabric-settings",
+        {f'{TRAIN_POD}.containers[0].resources.limits["vpc.amazonaws.com/efa"]': "4"},
+        f"{TRAIN_POD}.containers[0].env",
+    ),
 ]
 
 # Those that a schema finds.

@@ -46,6 +46,7 @@ def ray_pod(account: str, name: str, gpus: int = 0, token: bool = False, **more:
         volumes.append({"name": "config", "configMap": {"name": "serve-config"}})
     one = container(name, volumeMounts=mounts, ports=[{"name": "serve", "containerPort": 8000}])
     if gpus:
+        one["env"] = [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}]
         one["image"] = IMAGE % "cuda"
         for amounts in one["resources"].values():
             amounts["nvidia.com/gpu"] = str(gpus)
@@ -133,9 +134,9 @@ def service() -> Json:
 def evaluation() -> Json:
     job = copy.deepcopy(train_job())
     job["entrypoint"] = job["entrypoint"].replace("jobs/train.py", "jobs/evaluate.py")
-    del job["submitterPodTemplate"]
-    for group in [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]:
-        group["template"]["spec"]["serviceAccountName"] = "evaluate"
+    groups = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
+    for template in [job["submitterPodTemplate"], *(group["template"] for group in groups)]:
+        template["spec"]["serviceAccountName"] = "evaluate"
     return {"schedule": "30 2 * * 1-5", "timeZone": "Europe/Berlin", "jobTemplate": job}
 
 
