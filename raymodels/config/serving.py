@@ -135,6 +135,9 @@ class ServeConfig(Section):
     models: list[ModelServeConfig] = Field(min_length=1)
     http: HttpConfig = HttpConfig()
     start_timeout_s: float = Field(600, gt=0, description="how long all first replicas may take to become ready")
+    version_wait_s: float = Field(
+        0, ge=0, description="how long a RayService waits for a version that is not published yet; it tries only once"
+    )
 
     @model_validator(mode="after")
     def _unique(self) -> Self:

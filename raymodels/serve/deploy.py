@@ -22,7 +22,7 @@ import raymodels
 from raymodels import storage
 from raymodels.cluster import connect
 from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
-from raymodels.errors import ConfigError, ServeError
+from raymodels.errors import ConfigError, RegistryError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
 from raymodels.serve.gateway import Gateway
@@ -39,6 +39,7 @@ LOCAL = "127.0.0.1"
 DIRECTLY = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 POLL_S = 0.25
 WATCH_S = 5.0
+VERSION_POLL_S = 10.0
 SHUTDOWN_S = 30.0
 MISSING = "MISSING"
 
@@ -138,7 +139,8 @@ def deploy(config: ServeConfig) -> Endpoint:
 def application(args: dict[str, str]) -> serve.Application:
     """The gateway and all models of a config as one Serve application, for ``import_path`` in KubeRay's serveConfigV2.
 
-    Its ``args`` are ``config``, the path of a serve config on the cluster.
+    Its ``args`` are ``config``, the path of a serve config on the cluster. Neither Serve nor KubeRay builds an
+    application again that has failed, so this waits ``version_wait_s`` for versions that a job is to publish.
 
     A builder may return only one application, so here the models are deployments beside the gateway instead of
     applications of their own: changing one redeploys what changed, and the gateway with its new table.
@@ -152,12 +154,24 @@ def application(args: dict[str, str]) -> serve.Application:
             "http_options in serveConfigV2: leave it out here, and let the Ingress end TLS"
         )
     registry = Registry(storage.absolute(config.registry))
-    versions = {model.public_name: registry.resolve(model.model) for model in config.models}
+    deadline = time.monotonic() + config.version_wait_s
+    versions = {model.public_name: _published(registry, model.model, deadline) for model in config.models}
     bound = {_name(versions[model.public_name]): _replicas(config, model, versions) for model in config.models}
     engines = {_name(versions[model.public_name]): model.engine for model in config.models}
     # KubeRay's Service leads to Serve's proxies.
     http = config.http.model_copy(update={"ingress": "proxy"})
     return _gateway(http).bind(http, _table(config, versions), bound, engines)
+
+
+def _published(registry: Registry, reference: str, deadline: float) -> Version:
+    while True:
+        try:
+            return registry.resolve(reference)
+        except RegistryError as error:
+            if time.monotonic() >= deadline:
+                raise
+            print(f"waiting for {reference}: {error}", flush=True)
+        time.sleep(VERSION_POLL_S)
 
 
 def _verified(config: ServeConfig, model: ModelServeConfig) -> Version:
