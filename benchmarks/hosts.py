@@ -57,9 +57,12 @@ class Host:
 
     def start(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Run a program in it, in the background; it ends with its host."""
-        entered = ["nsenter", "--target", str(self.init), "--mount", "--uts", "--net", "--pid", "--", *command]
         with log.open("ab") as file:
-            return subprocess.Popen(entered, stdout=file, stderr=file, env={**os.environ, **env})
+            return subprocess.Popen(self.entered(command), stdout=file, stderr=file, env={**os.environ, **env})
+
+    def entered(self, command: Sequence[str]) -> list[str]:
+        """The command that runs a command in it."""
+        return ["nsenter", "--target", str(self.init), "--mount", "--uts", "--net", "--pid", "--", *command]
 
     def cable(self, state: str) -> None:
         """Pull it, ``down``, or plug it in again, ``up``: connections see nothing but silence."""

@@ -13,15 +13,16 @@ raymodels doctor
 bash -lc 'command -v ray raymodels'
 command -v rsync ssh
 
-# KubeRay's probes, as the operator writes them for a head.
-export RAY_AUTH_MODE=disabled
+# KubeRay's probes: of every pod by HTTP, of a RayService's workers by bash and wget; the token is not asked for.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=0123456789abcdef0123456789abcdef
 ray start --head --num-cpus=0 --disable-usage-stats > ray.log 2>&1 || { cat ray.log; exit 1; }
-probe='wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success &&
+probe='wget --tries 1 -T 2 -q -O- http://localhost:52365/api/healthz | grep success &&
+       wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success &&
        wget --tries 1 -T 10 -q -O- http://localhost:8265/api/gcs_healthz | grep success'
 for _ in {1..30}; do bash -c "$probe" && break || sleep 1; done
 bash -c "$probe"
 ray stop > /dev/null
-unset RAY_AUTH_MODE
+unset RAY_AUTH_MODE RAY_AUTH_TOKEN
 
 # Prepare, train, publish, serve and call.
 python /app/jobs/demo.py
