@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.promql import MONITORING, alerts
+from tests.unit.promql import alerts
 
 PROMTOOL = shutil.which("promtool")
 
@@ -128,21 +128,19 @@ def test_every_alert_has_a_case() -> None:
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     """At minute 800, each in a world of its own: once with what fires it, once without."""
     assert PROMTOOL
-    for file in MONITORING.glob("alerts-*.yaml"):
-        (tmp_path / file.name).write_text(yaml.safe_dump(yaml.safe_load(file.read_text())["spec"]))
-    worlds = [
-        world(alert, series, firing)
-        for alert, (bad, good) in CASES.items()
-        for series, firing in ((bad, True), (good, False))
-    ]
-    tests = {
-        "rule_files": [f.name for f in tmp_path.glob("alerts-*.yaml")],
-        "evaluation_interval": "5m",
-        "tests": worlds,
-    }
-    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests))
+    for _, rule in alerts():  # alone, or every rule would be evaluated in every world
+        alert = rule["alert"]
+        rules = {"groups": [{"name": alert, "rules": [rule]}]}
+        (tmp_path / f"{alert}.rules.yaml").write_text(yaml.safe_dump(rules))
+        tests = {
+            "rule_files": [f"{alert}.rules.yaml"],
+            "evaluation_interval": "5m",
+            "tests": [world(alert, series, firing) for series, firing in zip(CASES[alert], (True, False), strict=True)],
+        }
+        (tmp_path / f"{alert}.yaml").write_text(yaml.safe_dump(tests))
+    files = [f"{alert}.yaml" for alert in CASES]
     done = subprocess.run(
-        [PROMTOOL, "test", "rules", "tests.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [PROMTOOL, "test", "rules", *files], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
