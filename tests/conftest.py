@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models this small threads only wait for each other
 
 TIERS = ["unit", "dist", "cluster", "e2e"]
+OPTIONAL = "vLLM is not installed"  # it is in an extra that nothing else needs; whatever other tests need, CI has
 WORDS = ["the", "model", "reads", "a", "line", "and", "learns", "what", "follows", "naïve", "café", "模型", "größer"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The quick tiers first, and no test that needs no cluster while the shared Ray is up."""
     items.sort(key=lambda item: TIERS.index(item.path.relative_to(Path(__file__).parent).parts[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return unskipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return unskipped((yield))
+
+
+def unskipped(report: Any) -> Any:
+    """A report; where RAYMODELS_SKIP_NOTHING is set, as in CI, what was skipped for want of something has failed."""
+    if "RAYMODELS_SKIP_NOTHING" in os.environ and report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr  # file, line, reason
+        if OPTIONAL not in reason:
+            report.outcome, report.longrepr = "failed", f"{reason}; RAYMODELS_SKIP_NOTHING is set"
+    return report
 
 
 @pytest.fixture(scope="session")
