@@ -50,20 +50,9 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_and_leaves_within_a_few_steps(endless: dict[str, Any], tmp_path: Path) -> None:
-    from raymodels.train.launch import train
-
-    config, follower = altered(endless, tmp_path), Follower({1: terminate})
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="which is committed"):
-        train(config, follower)
-    assert signal.getsignal(signal.SIGTERM) == handler
-    last = follower.of("report")[-1]
-    newest = layout.latest(config.place)
-    assert newest is not None and newest.step == last["step"] < STEPS
-
-
-def test_an_elastic_run_grows_once_there_is_room(endless: dict[str, Any], tmp_path: Path, ray_cluster: Any) -> None:
+def test_an_elastic_run_grows_once_there_is_room_and_sigterm_ends_it(
+    endless: dict[str, Any], tmp_path: Path, ray_cluster: Any
+) -> None:
     from raymodels.train.launch import train
 
     class Neighbour:
@@ -74,8 +63,10 @@ def test_an_elastic_run_grows_once_there_is_room(endless: dict[str, Any], tmp_pa
     assert ray_cluster.get(neighbour.there.remote())
     config = altered(endless, tmp_path, workers={"count": [1, 2], "resize_after_s": 1})
     follower = Follower({1: lambda: ray_cluster.kill(neighbour), 2: terminate})
-    with pytest.raises(Stopped):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="which is committed"):
         train(config, follower)
+    assert signal.getsignal(signal.SIGTERM) == handler
     grown, _ = follower.of("failed")  # the other is SIGTERM's
     assert (grown["fault"], grown["retry"]) == ("resize", True)
     assert [notice for notice in follower.of("notice") if "room for 2 workers, not just 1" in notice["text"]]
@@ -84,6 +75,8 @@ def test_an_elastic_run_grows_once_there_is_room(endless: dict[str, Any], tmp_pa
     steps = [report["step"] for report in follower.of("report")]
     assert len({*steps}) == len(steps)  # nothing was done twice
     assert sorted(layout.samples(config.place)) == list(range(steps[-1]))
+    newest = layout.latest(config.place)
+    assert newest is not None and newest.step == steps[-1] < STEPS
 
 
 def test_a_driver_that_was_replaced_leaves_its_run_alone(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,39 +99,6 @@ def test_a_run_goes_on_with_another_number_of_workers_and_stage(finished: Any, t
     assert again.checkpoint == result.checkpoint
 
 
-def test_a_killed_worker_costs_only_time(tiny: dict[str, Any], tmp_path: Path) -> None:
-    from raymodels.checkpoint.shards import Shards
-    from raymodels.train.launch import train
-
-    steps = 60
-    sections = {"checkpoint": {"every": 5}, "eval": {"every": steps}, "train": {"steps": steps, "report_every": 5}}
-    config = altered(tiny, tmp_path / "killed", **sections)
-
-    def kill_one_after_two_checkpoints() -> None:
-        while len(layout.committed(config.place)) < 2:
-            time.sleep(0.05)
-        os.kill(next(iter(_train_workers())), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one_after_two_checkpoints, daemon=True)
-    killer.start()
-    events: list[dict[str, Any]] = []
-    disturbed = train(config, events.append)
-    killer.join()
-    [failed] = [event for event in events if event["kind"] == "failed"]
-    assert (failed["fault"], failed["retry"]) == ("worker_killed", True)
-    first, second = [event for event in events if event["kind"] == "started"]
-    assert (first["attempt"], second["attempt"]) == (1, 2)
-    assert 0 < second["resumed_from_step"] < steps
-    assert "worker_killed" in storage.read_bytes(f"{config.place}/log/attempt-1.txt").decode()
-    undisturbed = train(altered(tiny, tmp_path / "peace", **sections))
-    found, expected = (Shards(result.checkpoint.place) for result in (disturbed, undisturbed))
-    for name in expected.shapes:
-        assert (found.weight(name) == expected.weight(name)).all(), name
-    fed = layout.samples(config.place)
-    assert sorted(fed) == list(range(steps))
-    assert fed == layout.samples(undisturbed.place)
-
-
 def test_a_bug_is_not_tried_again(tiny: dict[str, Any], tmp_path: Path, tiny_model_dir: Path) -> None:
     from raymodels.train.launch import train
 
@@ -168,11 +133,3 @@ def test_workers_that_never_fit_are_an_error_after_a_bounded_wait(tiny: dict[str
     assert time.monotonic() - began < 15
     assert [event for event in events if event["kind"] == "notice"]
     assert layout.latest(config.place) is None
-
-
-def _train_workers() -> set[int]:
-    """Process ids of Ray Train's workers among this test run's own descendants."""
-    import psutil
-
-    ours = psutil.Process().children(recursive=True)
-    return {process.pid for process in ours if "RayTrainWorker" in " ".join(process.cmdline())}
