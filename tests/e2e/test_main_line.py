@@ -23,7 +23,7 @@ import yaml
 from raymodels import manifest
 from raymodels.checkpoint import layout
 from raymodels.config import dump
-from tests.cluster.test_submit import Head, free_ports, start_head, wait_until_up
+from tests.cluster.jobs.head import Head, free_ports, start_head, wait_until_up
 from tests.conftest import altered
 
 ROOT = Path(__file__).parents[2]
