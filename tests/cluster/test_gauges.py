@@ -10,7 +10,7 @@ from typing import Any
 from raymodels.train.events import Events
 
 PATIENCE_SECONDS = 60.0  # Ray exports every 10 s
-FORGOTTEN_SECONDS = 35.0  # and what was not set for 20 s no more
+FORGOTTEN_SECONDS = 24.0  # and what was not set for 20 s no more
 
 
 def test_a_runs_account_reaches_rays_metrics(ray_cluster: Any, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_logprobs_of_a_prompt_are_those_of_transformers(http: httpx.Client, live
 
 def test_streamed_text_is_the_unstreamed_text(http: httpx.Client) -> None:
     draw = random.Random(7)
-    for _ in range(50):
+    for _ in range(20):
         prompt = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
         whole = complete(http, prompt=prompt, max_tokens=24, temperature=0)["choices"][0]
         parts = [chunk["choices"][0] for chunk in events(http, prompt=prompt, max_tokens=24, temperature=0)]

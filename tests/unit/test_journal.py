@@ -160,7 +160,7 @@ def test_real_drivers_with_three_restarts_account_for_every_second(tmp_path: Pat
     found = account(events)
     assert sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-6)
     assert found.error <= 0.01 * found.wall
-    assert found.wall == pytest.approx(ended - events[0]["time"], abs=0.5)
+    assert found.wall == pytest.approx(ended - events[0]["time"], abs=1)
     assert [attempt.ending for attempt in found.attempts] == ["killed", "failed", "killed", "finished"]
     assert found.step == 14
     reports = [event for event in events if event["kind"] == "report"]

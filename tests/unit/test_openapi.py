@@ -228,7 +228,7 @@ def test_any_request_gets_what_the_page_says(url: str, mode: str) -> None:
             continue  # nothing can be wrong
 
         @settings(
-            max_examples=40,
+            max_examples=25,
             database=None,
             suppress_health_check=list(HealthCheck),
             derandomize=True,

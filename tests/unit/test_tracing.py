@@ -143,7 +143,7 @@ def test_a_collector_that_is_away_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     start = time.perf_counter()
     for _ in range(100):
         tracing.record("completions", {}, START, 2.0, [], {}, None)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5  # if each waited for the collector, it would be 10
     tracing.close()
 
 
