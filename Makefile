@@ -21,7 +21,8 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal tests/unit
-	$(BIN)/pytest --durations=15 tests/dist tests/cluster tests/e2e
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/e2e tests/dist tests/jobs
+	$(BIN)/pytest --durations=15 tests/cluster
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' tests/unit

@@ -16,14 +16,15 @@ from tests.random_models import random_model
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models this small threads only wait for each other
+os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests that run beside them would starve Ray's workers
 
-TIERS = ["unit", "dist", "cluster", "e2e"]
+TIERS = ["unit", "e2e", "dist", "jobs", "cluster"]
 OPTIONAL = "vLLM is not installed"  # it is in an extra that nothing else needs; whatever other tests need, CI has
 WORDS = ["the", "model", "reads", "a", "line", "and", "learns", "what", "follows", "naïve", "café", "模型", "größer"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick tiers first, and no test that needs no cluster while the shared Ray is up."""
+    """No test that needs no cluster while the shared Ray is up; of those beside each other, the longest file first."""
     items.sort(key=lambda item: TIERS.index(item.path.relative_to(Path(__file__).parent).parts[0]))
 
 

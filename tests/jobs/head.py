@@ -84,6 +84,7 @@ def start_head(token: str, folder: str, cpus: int = 1) -> tuple[subprocess.Popen
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # as in all tests
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -10,8 +10,8 @@ import trustme
 
 from raymodels.errors import ClusterError, ConfigError, JobError
 from raymodels.submit import Submission, connect, submit
-from tests.cluster.jobs.head import CUT_S, LINES, Head, free_ports
-from tests.cluster.jobs.tcp_proxy import TcpProxy
+from tests.jobs.head import CUT_S, LINES, Head, free_ports
+from tests.jobs.tcp_proxy import TcpProxy
 
 # Ray's own client passes this to aiohttp.
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")

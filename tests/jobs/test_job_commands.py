@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.jobs.head import LINES, Head
-from tests.cluster.jobs.tcp_proxy import TcpProxy
+from tests.jobs.head import LINES, Head
+from tests.jobs.tcp_proxy import TcpProxy
 
 COMMAND = str(Path(sys.executable).parent / "raymodels")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.jobs.head import CONFIG, SCRIPT, Head, start_head, wait_until_up
+from tests.jobs.head import CONFIG, SCRIPT, Head, start_head, wait_until_up
 
 
 @pytest.fixture(scope="package")
