@@ -58,7 +58,7 @@ def line(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
             [COMMAND, "serve", written(folder, "serve.yaml", serving)], cwd=ROOT, stdout=output, stderr=output
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while "serving tiny" not in log.read_text():
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -69,7 +69,7 @@ def line(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
         }
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130
+        assert server.wait(120) == 130
 
 
 def test_train_prints_where_everything_lies(line: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def train_until(path: str, log: Path, step: int, *options: str) -> subprocess.Po
     """Start a run of 5000 steps; returns once it has told of a step."""
     with log.open("w") as errors:
         run = subprocess.Popen([COMMAND, "train", path, *options], stderr=errors)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while max(reported(log), default=0) < step:
         assert run.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -130,7 +130,7 @@ def test_sigterm_saves_and_leaves_and_the_next_start_goes_on_from_there_until_ct
     path, first, second = written(tmp_path, "train.yaml", dump(config)), tmp_path / "first", tmp_path / "second"
     run = train_until(path, first, 20)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 143, first.read_text()
+    assert run.wait(120) == 143, first.read_text()
     newest = layout.latest(config.place)
     assert newest and newest.step >= 20
     assert f"after step {newest.step}, which is committed" in first.read_text()
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_leaves_and_the_next_start_goes_on_from_there_until_ct
     descendants = psutil.Process(run.pid).children(recursive=True)
     assert any("RayTrainWorker" in " ".join(process.cmdline()) for process in descendants)
     run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 130
+    assert run.wait(120) == 130
     assert "Traceback" not in second.read_text()
     _, alive = psutil.wait_procs(descendants, timeout=30)
     assert not alive
