@@ -279,8 +279,9 @@ Retries = Annotated[int, Field(ge=0)] | Literal["always"]
 
 
 class RetryConfig(Section):
-    """How often a run starts again by itself, from its last checkpoint, after each class of fault.
+    """How often in a row a run starts again by itself, from its last checkpoint, after each class of fault.
 
+    An attempt that has saved a checkpoint ends the row: what happens once a week is no reason to end a run of months.
     What would only happen again is never tried again and has no setting: a bug, a setting that cannot work, a
     checkpoint that does not fit, storage that refuses access. For a diverged loss see ``train.on_divergence``.
     """

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from raymodels.train.watch import watch
 from raymodels.train.worker import work
 
 GROWTH_POLL_S = 2.0
+ASK_AGAIN_S = 1.0
 FIRST_LOOK_S = 20.0
 # Ray Train looks at its workers every two seconds by default. They cannot report more often than that, and a dead one
 # is found no sooner.
@@ -43,6 +44,8 @@ class Evidence:
 
     verdict: Verdict | None = None
     nodes_lost: tuple[str, ...] = ()
+    committed: bool = False
+    """Whether it has saved anything."""
 
 
 def run_attempt(
@@ -73,6 +76,7 @@ def run_attempt(
 
     def on_report(report: Event) -> None:
         merged.update(report)
+        evidence.committed |= any(not save["error"] for save in report.get("saves", ()))
         _tell(report, on_event)
 
     def on_verdict(verdict: Verdict) -> None:
@@ -89,7 +93,7 @@ def run_attempt(
         relay(on_report) as callback,
         watch(on_verdict, on_slow, first_look_s=FIRST_LOOK_S) as beats,
         _leaving_on_sigterm(config.place, number),
-        _growing(config, number, merged, on_event),
+        nullcontext() if evaluate_only else _growing(config, number, merged, on_event),
     ):
         size = cluster.wait_for_room(config.workers, lambda text: on_event({"kind": "notice", "text": text}))
         job = {"config": dump(config), "prepared": prepared, "attempt": number, "beats": beats, **history}
@@ -148,7 +152,7 @@ def _leaving_on_sigterm(run: str, number: int) -> Iterator[None]:
         return
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        signals.request(run, number, "terminated")
+        threading.Thread(target=_ask, args=(run, number, "terminated"), daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -181,8 +185,15 @@ def _watch_room(
             since = time.monotonic()
         elif time.monotonic() - since >= config.workers.resize_after_s:
             on_event({"kind": "notice", "text": f"there is room for {size + more} workers, not just {size}: growing"})
-            try:
-                signals.request(config.place, number, "resized")
-            except StorageError:
-                continue
+            _ask(config.place, number, "resized")
             return
+
+
+def _ask(run: str, number: int, reason: signals.Reason) -> None:
+    """Ask the workers to save and leave, as soon as storage takes the word."""
+    while True:
+        try:
+            signals.request(run, number, reason)
+            return
+        except StorageError:
+            time.sleep(ASK_AGAIN_S)

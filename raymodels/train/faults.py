@@ -98,7 +98,7 @@ def classify(error: BaseException, evidence: Evidence, rules: RetryConfig, happe
     Args:
         error: what `ray.train.torch.TorchTrainer.fit` raised, or what kept it from being called.
         evidence: what was seen from outside.
-        happened: how many faults of each kind the run was restarted after so far.
+        happened: how many faults of each kind the run was restarted after since it last saved a checkpoint.
     """
     signs = [_settled(sign, evidence) for sign in _signs(error)]
     first = _root(signs)

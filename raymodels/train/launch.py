@@ -177,6 +177,8 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
             report = run_attempt(config, prepared.place, number, history, events, evidence, kept)
             left = report.get("left")
         except Exception as error:
+            if evidence.committed:
+                failed_before.clear()
             fault = classify(error, evidence, config.retry, failed_before)
             if fault.kind.startswith("out_of_memory"):
                 fault = fault.advised(relief(config))

@@ -15,6 +15,7 @@ from raymodels.checkpoint import layout
 from raymodels.config import Config
 from raymodels.errors import RunInUse, StorageError, TrainingError
 from raymodels.train import launch
+from raymodels.train.attempt import Evidence
 from tests.conftest import altered
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,22 @@ def test_an_attempt_that_fails_after_the_last_commit_is_not_followed_by_one_with
     monkeypatch.setattr(launch, "run_attempt", killed_at_the_end)
     assert launch.train(config).checkpoint.step == config.train.steps
     assert attempts == [1]
+
+
+def test_an_attempt_that_saves_ends_the_row_of_faults_that_count(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, attempts = altered(tiny, tmp_path, retry={"worker_killed": 1}), list[int]()
+
+    def killed(_: Config, __: str, number: int, ___: Any, ____: Any, evidence: Evidence, *_____: Any) -> Any:
+        attempts.append(number)
+        evidence.committed = number <= 3
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(launch, "run_attempt", killed)
+    with pytest.raises(TrainingError, match="died"):
+        launch.train(config)
+    assert attempts == [1, 2, 3, 4]
 
 
 def test_storage_that_is_away_between_two_attempts_is_waited_for(
