@@ -13,6 +13,7 @@ parts, which are deleted once the record says that the batch is completed.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -164,10 +165,15 @@ def _identity(batch: Batch, version: Version, given: Input) -> Json:
         "model_sha256": manifest.digest(version.place),
         "served_as": batch.model.public_name,
         "unnamed": batch.unnamed,
-        "adapters": {name: fingerprint(source) for name, source in batch.model.adapters.items()} or None,
+        "adapters": {name: _adapter(source) for name, source in batch.model.adapters.items()} or None,
         **{f"engine.{key}": value for key, value in batch.model.engine.model_dump(exclude=SPEED, mode="json").items()},
         "part": f"{PART_LINES} lines or {PART_BYTES} bytes",
     }
+
+
+def _adapter(source: str) -> str:
+    """A resolved source, and what it holds."""
+    return f"{source} {hashlib.sha256(fingerprint(source).encode()).hexdigest()[:16]}"
 
 
 def _begun(batch: Batch, identity: Json) -> Json:
