@@ -144,10 +144,14 @@ def test_the_access_log_metrics_and_spans_of_a_request(
     assert facts == ("team", "tiny", "completions", 200, 4, trace)
     assert 0 <= line["queue_ms"] <= line["ttft_ms"] <= line["total_ms"]
 
-    page = httpx.get(endpoint.url + "/metrics", headers={"Authorization": f"Bearer {keys['team']}"}).text
+    def metrics() -> str:
+        """Once the gateway has looked how many replicas there are."""
+        text = httpx.get(endpoint.url + "/metrics", headers={"Authorization": f"Bearer {keys['team']}"}).text
+        return text if 'raymodels_serve_replicas{model="tiny"} 1.0' in text else ""
+
+    page = until(metrics)
     assert 'raymodels_serve_tokens_out_total{model="tiny",tenant="team"}' in page
     assert 'vllm:generation_tokens_total{model_name="tiny",tenant="team"}' in page
-    assert 'raymodels_serve_replicas{model="tiny"} 1.0' in page
 
     spans = until(lambda: [span for span in collector.spans if span.trace_id.hex() == trace])
     assert {span.name for span in spans} == {"completions", "queue", "first token"}
