@@ -24,7 +24,7 @@ SCHEMA_DEPTH = 64
 
 
 class Wire(BaseModel):
-    """Types are taken literally: "5" is no number, and NaN is none either. Null means that a field is left out."""
+    """Types are taken literally: "5" is no number, and NaN is none either. Null means that a known field is left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -32,7 +32,8 @@ class Wire(BaseModel):
     @classmethod
     def _as_meant(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: _whole(item) for key, item in value.items() if item is not None}
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            return {key: _whole(item) for key, item in value.items() if item is not None or key not in known}
         return value
 
     @classmethod

@@ -77,6 +77,7 @@ def test_prompts(prompt: Any, prompts: list[Any]) -> None:
         ("top_k", 2**40),
         ("suffix", "end"),
         ("unknown_field", 1),
+        ("unknown_field", None),
     ],
 )
 def test_a_wrong_field_of_a_completion_is_named(field: str, value: Any) -> None:
