@@ -24,7 +24,7 @@ SCHEMA_DEPTH = 64
 
 
 class Wire(BaseModel):
-    """Types are taken literally: "5" is no number, and NaN is none either. Null means that a known field is left out."""
+    """Types are taken literally: "5" is no number, NaN is none either. Null means that a known field is left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -1,47 +1,31 @@
 """Ray Train's controller, in a process that serves all attempts of a run.
 
 A controller takes about as long to start as the workers: its process, all that it imports, and another process that
-frees the workers' resources should the controller die. Ray Train's own restarts keep both, and so does `Kept`.
+frees the workers' resources should the controller die. Ray Train's own restarts keep both. `Kept` keeps the first, and
+does itself what the second is for, which that can do only where Ray's dashboard runs.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import ray
+from ray import PlacementGroupID
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-END_S = 10.0
-
-
-class Cleaner(PlacementGroupCleanerCallback):  # type: ignore[misc]
-    """Ray Train's, of which the actor stays for the controller of the next attempt, as long as their process does."""
-
-    _cleaner: Any
-    _kept: ClassVar[Any] = None
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        if Cleaner._kept is None:
-            super().after_controller_start(train_run_context)
-            Cleaner._kept = self._cleaner
-        self._cleaner = Cleaner._kept
-        self._controller_actor_id = ray.get_runtime_context().get_actor_id()
-
-    async def before_controller_shutdown(self) -> None:
-        """Leaves it running."""
-
-    @classmethod
-    def stop(cls) -> None:
-        if cls._kept is not None:
-            ray.get(cls._kept.stop.remote(), timeout=END_S)
+LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class Controller(TrainController):  # type: ignore[misc]
@@ -49,8 +33,16 @@ class Controller(TrainController):  # type: ignore[misc]
         """Become the controller of another attempt."""
         self.__init__(**settings)  # type: ignore[misc]
 
-    def end(self) -> None:
-        Cleaner.stop()
+
+class Noted(WorkerGroupCallback):  # type: ignore[misc]
+    """Runs in the controller, on the driver's host: writes into a file which placement group the workers are in."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._file.write_text(group.id.hex())
 
 
 class Kept:
@@ -58,6 +50,8 @@ class Kept:
 
     def __init__(self) -> None:
         self._actor: Any = None
+        self._folder = TemporaryDirectory(prefix="raymodels-controller-")
+        self.note = Path(self._folder.name) / "placement_group"
 
     def controller(self, settings: dict[str, Any]) -> Any:
         """A controller for an attempt, whose ``settings`` are Ray Train's; in a new process if the last has died."""
@@ -71,14 +65,18 @@ class Kept:
         self._actor = ray.remote(**options)(Controller).remote(**settings)
         return self._actor
 
+    def free(self) -> None:
+        """Give back what the workers of a controller that died were given, and with it end them."""
+        if self.note.exists():
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(self.note.read_text()))))
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._actor is not None and ray.is_initialized():  # else the cluster was lost, or left by Ctrl-C
-            with suppress(RayActorError, GetTimeoutError):
-                ray.get(self._actor.end.remote(), timeout=2 * END_S)
             ray.kill(self._actor)
+        self._folder.cleanup()
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -89,12 +87,16 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         self._kept = kept
 
     def _create_default_callbacks(self) -> list[Any]:
-        kept = [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
-        return [Cleaner() if isinstance(each, PlacementGroupCleanerCallback) else each for each in kept]
+        own = [each for each in super()._create_default_callbacks() if not isinstance(each, LEFT_OUT)]
+        return [*own, Noted(self._kept.note)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         controller = self._kept.controller(settings)
         if threading.current_thread() is threading.main_thread():
             self._register_sigint_handler(controller)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        try:
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+        except RayActorError:
+            self._kept.free()
+            raise
