@@ -8,7 +8,8 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,31 @@ async def ask(http: httpx.AsyncClient, stream: bool) -> tuple[bool, int, str]:
     return stream, answer.status_code, answer.text
 
 
-def test_a_replica_killed_under_load_loses_no_request(endpoint: Endpoint) -> None:
+@contextmanager
+def waiting(endpoint: Endpoint) -> Iterator[Future[None]]:
+    """As `raymodels serve` does, in a thread, until an application of the endpoint is found to be deleted."""
+    watched = replace(endpoint, applications=[*endpoint.applications])
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(watched.wait)
+        try:
+            yield ended
+        finally:
+            watched.applications.append("gone--v1")
+            with pytest.raises(ServeError, match="gone--v1 of this endpoint was deleted"):
+                ended.result(30)
+
+
+def until_logged(text: str, caplog: pytest.LogCaptureFixture, ended: Future[None]) -> None:
+    deadline = time.monotonic() + 90
+    while text not in caplog.text:
+        assert not ended.done() and time.monotonic() < deadline, caplog.text
+        time.sleep(0.1)
+
+
+def test_a_replica_killed_under_load_loses_no_request_and_ends_nothing(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("raymodels.serve.deploy.WATCH_S", 0.1)
     victim = next(iter(pids()))
 
     async def main() -> list[tuple[bool, int, str]]:
@@ -70,30 +95,15 @@ def test_a_replica_killed_under_load_loses_no_request(endpoint: Endpoint) -> Non
             later = [asyncio.create_task(ask(http, stream)) for stream in (True, False) * 3]
             return await asyncio.gather(*first, *later)
 
-    answers = asyncio.run(main())
+    with waiting(endpoint) as ended:
+        answers = asyncio.run(main())
+        until_logged("UNHEALTHY", caplog, ended)
+        until_logged("tiny--v1: running again", caplog, ended)
     assert {status for _, status, _ in answers} == {200}
     events = [text for stream, _, text in answers if stream]
     assert all(text.endswith("data: [DONE]\n\n") or '"code":"replica_lost"' in text for text in events)
     assert all('"finish_reason"' in text for stream, _, text in answers if not stream)
     assert victim not in pids()
-
-
-def test_a_lost_replica_is_told_of_and_no_end(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("raymodels.serve.deploy.WATCH_S", 0.1)
-    watched = replace(endpoint, applications=[*endpoint.applications])
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(watched.wait)
-        os.kill(next(iter(pids())), signal.SIGKILL)
-        deadline = time.monotonic() + 90
-        for told in ("UNHEALTHY", "tiny--v1: running again"):
-            while told not in caplog.text and not waiting.done():
-                assert time.monotonic() < deadline, caplog.text
-                time.sleep(0.1)
-        watched.applications.append("gone--v1")
-        with pytest.raises(ServeError, match="gone--v1 of this endpoint was deleted"):
-            waiting.result(30)
 
 
 def test_a_new_table_disturbs_nobody(endpoint: Endpoint, config: dict[str, Any]) -> None:
