@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ def attempt(kept: Kept, folder: Path, loop: Any) -> None:
 
 def processes(name: str) -> set[int]:
     """Those of this Ray, which this process has started."""
-    mine = [process.as_dict(["pid", "cmdline"]) for process in psutil.Process().children(recursive=True)]
-    return {found["pid"] for found in mine if " ".join(found["cmdline"] or []).startswith(name)}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(name):
+                found.add(process.pid)
+    return found
 
 
 def test_attempts_share_a_process_and_leave_none(ray_cluster: Any, tmp_path: Path) -> None:
