@@ -41,7 +41,7 @@ POLL_S = 0.25
 WATCH_S = 5.0
 VERSION_POLL_S = 10.0
 SHUTDOWN_S = 30.0
-MISSING = "MISSING"
+MISSING, FAILED = "MISSING", "DEPLOY_FAILED"
 
 Unready = dict[str, tuple[str, str]]
 """Of applications that are not running: status, and why."""
@@ -328,7 +328,7 @@ def _free_port(host: str) -> int:
 def _wait_until_running(names: list[str], deadline: float, timeout_s: float) -> None:
     while unready := _unready(names):
         for status, why in unready.values():
-            if status == "DEPLOY_FAILED":
+            if status == FAILED:
                 raise ServeError(why)
         if time.monotonic() > deadline:
             waiting = "; ".join(why for _, why in unready.values())
@@ -357,8 +357,14 @@ def _unready(names: list[str]) -> Unready:
         elif found.status != "RUNNING":
             causes = [found.message, *(state.message for state in found.deployments.values())]
             why = f"{name}: {' '.join(cause.strip() for cause in causes if cause) or found.status}"
-            unready[name] = (str(found.status), why)
+            unready[name] = (FAILED if _cannot_start(found) else str(found.status), why)
     return unready
+
+
+def _cannot_start(found: Any) -> bool:
+    """Whether Serve has given up on replicas of an application; one that autoscales is then just called unhealthy."""
+    triggers = [state.status_trigger for state in found.deployments.values()]
+    return found.status == FAILED or "REPLICA_STARTUP_FAILED" in triggers
 
 
 def _watch(names: list[str], before: Unready) -> Unready:
