@@ -78,7 +78,7 @@ def take_turns(config: Config, prepared: str, saves: int) -> dict[str, Any]:
         return taken.leave is not None
 
     def ours() -> None:
-        saver.save(loop._state(config, session.fingerprint, step, 0, {}))
+        saver.save(loop._state(config, session.fingerprint, step, 0, {}, {}))
 
     def waiting() -> None:
         ours()
