@@ -4,7 +4,8 @@ Model states are the storages of the tensors that DeepSpeed's engine holds (as i
 malloc's own high-water mark from before the model is built to the end of the third optimizer step, counted by
 ``benchmarks/malloc_meter.c`` preloaded into each rank. That is exact: resident memory (RSS) is not, as the allocator
 keeps what was freed; nor is torch's profiler, which misses what gloo's threads free. It counts a little more than
-tensors: Python's objects and DeepSpeed's, some 5 to 10 MB here.
+tensors: Python's objects and DeepSpeed's, some 5 to 10 MB here. A pass of another copy of the model comes before: what
+the math libraries keep from their first use on, more on a CPU with AVX-512 than on others, is no part of the peak.
 
 "Fits" is tested the hard way: what the plan says to have must be more than what was resident at most, and its peak with
 the margin more than malloc's, so that for no device memory a plan fits that does not. Sizes are the largest rank's.
@@ -74,19 +75,24 @@ def config(name: str, stage: int, storage: str) -> Config:
 def measured(config: Config, vocab_size: int) -> dict[str, float]:
     """What this rank holds at most: bytes of model states by kind, ``peak`` of malloc, and ``resident``."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from raymodels.models.build import architecture
+    from raymodels.models.build import DTYPES, architecture
     from raymodels.tasks import task
     from raymodels.train.engine import join_process_group, make_engine, make_model
 
     meter = _meter()
     join_process_group()
     shape = architecture(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eos_id=0)
+    ids = torch.randint(0, vocab_size, (config.train.micro_batch, config.data.seq_len))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    # What libraries take once and keep, by the kind of CPU, is not the model's: the planner has it apart.
+    throwaway = AutoModelForCausalLM.from_config(shape).to(DTYPES[config.train.precision])
+    task(config.task.kind).loss(throwaway, batch).backward()
+    del throwaway
     before = meter.meter_held()
     meter.meter_reset()
     engine = make_engine(config, make_model(config, config.model, shape))
-    ids = torch.randint(0, vocab_size, (config.train.micro_batch, config.data.seq_len))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     states = dict.fromkeys(STATES, 0)
     accumulation = config.accumulation(WORKERS)
     for micro_step in range(STEPS * accumulation):
