@@ -93,8 +93,8 @@ def evaluate(config: Config, on_event: Callable[[Event], None] | None = None) ->
     config = resolved(config)
     found = layout.open_checkpoint(config.place)
     _refuse_another(config)
-    prepared, history = prepare_data(config, on_event), {"failures": 0, "seconds": 0.0, "started": time.time()}
-    history["resumed_from_step"] = found.step
+    prepared = prepare_data(config, on_event)
+    history = {"failures": 0, "seconds": 0.0, "started": time.time(), "resumed_from_step": found.step}
     evidence, on_event = Evidence(), on_event or _ignore
     try:
         with Kept() as kept:
@@ -158,12 +158,12 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
         number, found = events.attempt + 1, _cleared(config, owner)
         if found is not None and found.step >= config.train.steps:
             return phases  # the attempt before had committed the last step when it failed
-        workers = [config.workers.least, config.workers.most]
+        workers, resumed = [config.workers.least, config.workers.most], found.step if found else 0
         events(
             {
                 "kind": "started",
                 "attempt": number,
-                "resumed_from_step": found.step if found else 0,
+                "resumed_from_step": resumed,
                 "steps": config.train.steps,
                 "workers": workers,
                 "host": socket.gethostname(),
@@ -172,7 +172,7 @@ def _attempts(config: Config, prepared: Prepared, events: Events, owner: Owner, 
         )
         account, evidence = events.account, Evidence()
         history = {"failures": account.restarts, "seconds": account.wall, "started": account.attempts[-1].started}
-        history["resumed_from_step"] = found.step if found else 0
+        history["resumed_from_step"] = resumed
         try:
             report = run_attempt(config, prepared.place, number, history, events, evidence, kept)
             left = report.get("left")
