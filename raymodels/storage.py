@@ -17,7 +17,7 @@ import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -209,6 +209,16 @@ def walk(uri: str) -> dict[str, int]:
         found = _files_below(root) if is_local(uri) else fs.find(root, detail=True)
     root = root.rstrip("/") + "/"
     return {path.removeprefix(root): info["size"] for path, info in sorted(found.items())}
+
+
+def unseen(uri: str, sizes: Mapping[str, int]) -> str | None:
+    """The place of the first file below one that is not to be seen from here in its size; none if all are.
+
+    Args:
+        sizes: path relative to the place -> size in bytes.
+    """
+    found = walk(uri)
+    return next((join(uri, name) for name, size in sizes.items() if found.get(name) != size), None)
 
 
 def delete(uri: str) -> None:

@@ -192,13 +192,11 @@ def _see(place: str, entries: manifest.Entries) -> None:
     Raises:
         StorageError: a file is not there; it may have been deleted by another driver, or lie on a disk of its host.
     """
-    sizes = storage.walk(place)
-    for name, entry in entries.items():
-        if sizes.get(name) != entry["size"]:
-            raise StorageError(
-                f"{storage.join(place, name)} was written, but is not to be seen from {socket.gethostname()}: "
-                "run.storage must be one place that all nodes share"
-            )
+    if lost := storage.unseen(place, {name: entry["size"] for name, entry in entries.items()}):
+        raise StorageError(
+            f"{lost} was written, but is not to be seen from {socket.gethostname()}: "
+            "run.storage must be one place that all nodes share"
+        )
 
 
 def _put(place: str, name: str, data: bytes) -> manifest.Entries:

@@ -72,13 +72,11 @@ def _see(place: str, outcomes: list[Outcome]) -> None:
     Raises:
         DataError: one is not there.
     """
-    sizes = storage.walk(place)
-    for shard in (shard for outcome in outcomes for shard in outcome.shards.values()):
-        if sizes.get(shard["file"]) != shard["bytes"]:
-            raise DataError(
-                f"{storage.join(place, shard['file'])} is gone since it was written: prepare again; data.prepared must "
-                "be one place that all nodes share"
-            )
+    shards = (shard for outcome in outcomes for shard in outcome.shards.values())
+    if lost := storage.unseen(place, {shard["file"]: shard["bytes"] for shard in shards}):
+        raise DataError(
+            f"{lost} is gone since it was written: prepare again; data.prepared must be one place that all nodes share"
+        )
 
 
 def _tokenizer(data: DataConfig, tokenizer_from: str | None) -> tuple[TokenizerConfig, TokenizerFiles | None]:
