@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 
 import ray
 import ray.data
+from ray._private.log import PlainRayHandler
 
 from raymodels import manifest, storage
 from raymodels.batch.answerer import Answerer, lines_at_once
@@ -257,7 +258,7 @@ def _answered(
     workers = WorkersConfig(count=replicas, cpus=model.cpus, gpus=gpus, start_timeout_s=batch.start_timeout_s)
     owns_ray = connect()
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, PlainRayHandler):  # not one that an application has added
             handler.setLevel(logging.ERROR)  # it talks of itself there; all of it goes into its log file as well
     try:
         with asking_for(workers):

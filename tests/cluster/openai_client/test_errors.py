@@ -49,7 +49,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     ("chat", {"response_format": FORMAT | {"json_schema": {"name": "x", "schema": {"type": 5}}}}, "response_format"),
     ("chat", {"modalities": ["audio"]}, "modalities"),
     ("chat", {"extra_body": {"nonsense": 1}}, "nonsense"),
-    ("completions", {"extra_body": {"nonsense": None, "other": 1}}, "other"),
+    ("completions", {"extra_body": {"nonsense": None, "other": 1}}, "nonsense"),
 ]
 
 
