@@ -128,10 +128,14 @@ def deployments(status: Any) -> dict[str, Replicas]:
     }
 
 
+def cannot_start(state: Any) -> bool:
+    """Whether Serve says of a deployment that its replicas failed to start several times in a row; it may try on."""
+    return bool(state.status_trigger == "REPLICA_STARTUP_FAILED")
+
+
 def _replicas(state: Any) -> Replicas:
     trigger = str(getattr(state.status_trigger, "value", state.status_trigger))
-    # Serve says so once replicas have failed to start several times in a row; it may well go on trying.
-    failure = cause(state.message) if trigger == "REPLICA_STARTUP_FAILED" else None
+    failure = cause(state.message) if cannot_start(state) else None
     return Replicas(state.replica_states.get("RUNNING", 0), trigger, failure)
 
 

@@ -25,6 +25,7 @@ from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeCon
 from raymodels.errors import ConfigError, RegistryError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
+from raymodels.serve.capacity import cannot_start
 from raymodels.serve.gateway import Gateway
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
@@ -363,8 +364,7 @@ def _unready(names: list[str]) -> Unready:
 
 def _cannot_start(found: Any) -> bool:
     """Whether Serve has given up on replicas of an application; one that autoscales is then just called unhealthy."""
-    triggers = [state.status_trigger for state in found.deployments.values()]
-    return found.status == FAILED or "REPLICA_STARTUP_FAILED" in triggers
+    return found.status == FAILED or any(cannot_start(state) for state in found.deployments.values())
 
 
 def _watch(names: list[str], before: Unready) -> Unready:

@@ -32,9 +32,12 @@ class Wire(BaseModel):
     @classmethod
     def _as_meant(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            return {key: _whole(item) for key, item in value.items() if item is not None or key not in known}
+            return {key: _whole(item) for key, item in value.items() if item is not None or not cls._knows(key)}
         return value
+
+    @classmethod
+    def _knows(cls, key: str) -> bool:
+        return any(key == (field.alias or name) for name, field in cls.model_fields.items())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
