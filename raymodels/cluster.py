@@ -83,7 +83,7 @@ def wait_for_room(workers: WorkersConfig, notice: Callable[[str], None]) -> int:
         time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
     deadline = time.monotonic() + FREEING_SECONDS  # what ended just now is freed, and known to be, in a moment
     while (now := free(workers)) < min(workers.most, room(workers)) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS / 4)
+        time.sleep(POLL_SECONDS / 20)
     return max(workers.least, min(workers.most, now))
 
 

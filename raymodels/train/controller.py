@@ -1,8 +1,9 @@
 """Ray Train's controller, in a process that serves all attempts of a run.
 
-A controller takes about as long to start as the workers: its process, all that it imports, and another process that
-frees the workers' resources should the controller die. Ray Train's own restarts keep both. `Kept` keeps the first, and
-does itself what the second is for, which that can do only where Ray's dashboard runs.
+A controller takes about as long to start as the workers: its process, all that it imports, another process that frees
+the workers' resources should the controller die, and one that watches for nodes about to be preempted. Ray Train's own
+restarts keep the first two. `Kept` keeps the first, does itself what the second is for, which that can do only where
+Ray's dashboard runs, and has the third's work done in the first.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -45,6 +47,33 @@ class Noted(WorkerGroupCallback):  # type: ignore[misc]
         self._file.write_text(group.id.hex())
 
 
+class Preemption(WorkerGroupCallback):  # type: ignore[misc]
+    """Ray Train's watch for nodes about to be preempted, as a thread of the controller's process."""
+
+    def __init__(self) -> None:
+        self._watcher: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._stop()  # a start that fails later on is told of by no hook
+        ranks, actors = dict[str, list[int]](), dict[int, Any]()
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        self._watcher = PreemptionWatcher(ranks, worker_actors_by_rank=actors)
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._stop()
+
+    def after_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
+
+
 class Kept:
     """The controllers' process, from a run's first attempt to its end. Used as a context manager."""
 
@@ -61,6 +90,7 @@ class Kept:
                 return self._actor
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         env = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        env[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"  # `Preemption` does that
         options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": env}}
         self._actor = ray.remote(**options)(Controller).remote(**settings)
         return self._actor
@@ -88,7 +118,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         own = [each for each in super()._create_default_callbacks() if not isinstance(each, LEFT_OUT)]
-        return [*own, Noted(self._kept.note)]
+        return [*own, Noted(self._kept.note), Preemption()]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         controller = self._kept.controller(settings)
