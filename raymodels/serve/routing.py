@@ -232,7 +232,11 @@ class Call:
         """Give the request up, unless it has ended: Ray would raise again what ended it."""
         if self._open:
             self._open = False
+            taken = self._items._replica_result_future
             self._items.cancel()
+            # Ray forgets a call that a replica took in this very moment: it would stay open for good.
+            if taken.done() and not taken.cancelled() and taken.exception() is None:
+                taken.result().cancel()
 
     async def _first(self) -> list[Delta] | None:
         while True:

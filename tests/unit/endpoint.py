@@ -28,6 +28,7 @@ class LocalStream:
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
         self._items = items
         self._closing: asyncio.Task[None] | None = None
+        self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def __aiter__(self) -> LocalStream:
         return self

@@ -48,6 +48,7 @@ class Replicas:
 class Items:
     def __init__(self, replicas: Replicas, script: list[Any]) -> None:
         self._replicas, self._items = replicas, played(script)
+        self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def __aiter__(self) -> Items:
         return self
@@ -105,6 +106,28 @@ def test_an_unstarted_stream_is_sent_again(lost: BaseException, before: list[Any
     seen, replicas = play(streamed, [*before, lost], [*before, lost], [Accepted(3), ONE, TWO])
     assert seen == [ONE, TWO, 3, 2]
     assert (replicas.calls, replicas.cancelled) == (3, 0)
+
+
+@pytest.mark.parametrize("taken", ["in this moment", "not yet", "in vain"])
+def test_a_call_given_up_as_a_replica_takes_it_is_cancelled_there(taken: str) -> None:
+    replicas, cancelled_there = Replicas([None]), list[str]()
+
+    async def main() -> None:
+        items = Items(replicas, [None])
+        if taken == "in this moment":
+            there = SimpleNamespace(cancel=lambda: cancelled_there.append(taken))
+            items._replica_result_future.set_result(there)
+        elif taken == "in vain":
+            items._replica_result_future.set_exception(LOST)
+        call = Call(lambda: items, asyncio.get_running_loop().time() + 60)
+        accepting = asyncio.create_task(call.accept())
+        await asyncio.sleep(0)
+        accepting.cancel()
+        await asyncio.wait([accepting])
+        call.cancel()
+
+    asyncio.run(main())
+    assert (replicas.cancelled, cancelled_there) == (1, ["in this moment"] if taken == "in this moment" else [])
 
 
 def test_a_started_stream_is_not_sent_again() -> None:
