@@ -65,15 +65,26 @@ LINEAR, CONSTANT = 25.0, 3.0
 
 @dataclass(frozen=True)
 class Part:
-    """One part's cost at a size and at a tenth of it, in seconds, and what it may cost."""
+    """One part's cost, in seconds, and what it may cost.
+
+    Args:
+        cost: at a tenth of the size and at the size.
+    """
 
     name: str
     size: str
-    tenth: float
-    seconds: float
+    cost: list[float]
     budget: float
     growth: float | None
     budget_of: str
+
+    @property
+    def tenth(self) -> float:
+        return self.cost[0]
+
+    @property
+    def seconds(self) -> float:
+        return self.cost[1]
 
     @property
     def ratio(self) -> float:
@@ -88,15 +99,15 @@ class Part:
         return [*bars, Bar(f"{self.name}_growth", self.ratio, "<=", self.growth)] if self.growth else bars
 
 
-def best(action: Callable[[], Any], times: int = 5, repeat: int = 1) -> float:
-    """CPU seconds of one call, the least of several tries, which other work on the machine disturbs least."""
+def best(action: Callable[..., Any], *given: Any, times: int = 5, repeat: int = 1) -> float:
+    """CPU seconds of one call with what is given, the least of several tries: other work disturbs that least."""
     tries = []
     for _ in range(times):
         gc.collect()  # else it would come now and then, and cost by the libraries that are loaded
         gc.disable()
         start = time.process_time()
         for _ in range(repeat):
-            action()
+            action(*given)
         tries.append((time.process_time() - start) / repeat)
         gc.enable()
     return min(tries)
@@ -113,12 +124,12 @@ def registries(folder: Path, small: bool) -> list[Part]:
     assert len(ten.versions()) == models // 10 * versions
     listing = [best(registry.versions, times=1) for registry in (ten, full)]
     names = [best(registry.names) for registry in (ten, full)]
-    alias = [best(lambda r=registry: r.resolve("m0007@prod"), repeat=20) for registry in (ten, full)]
+    alias = [best(lambda r: r.resolve("m0007@prod"), registry, repeat=20) for registry in (ten, full)]
     # A thousandth of the budget a version: on the disk here, which an object store's round trips do not compare with.
     return [
-        Part("registry_list", size, *listing, models * versions * 1e-3, LINEAR, "1 ms a version"),
-        Part("registry_names", size, *names, 0.2, LINEAR, "a prompt answer"),
-        Part("alias_lookup", size, *alias, 0.05, CONSTANT, "nothing beside loading a model"),
+        Part("registry_list", size, listing, models * versions * 1e-3, LINEAR, "1 ms a version"),
+        Part("registry_names", size, names, 0.2, LINEAR, "a prompt answer"),
+        Part("alias_lookup", size, alias, 0.05, CONSTANT, "nothing beside loading a model"),
     ]
 
 
@@ -128,9 +139,9 @@ def registries(folder: Path, small: bool) -> list[Part]:
 def records(folder: Path, small: bool) -> list[Part]:
     months = 0.2 if small else 1.0
     places = [record(folder / name, share, 8000) for name, share in (("tenth", months / 10), ("full", months))]
-    show = [best(lambda p=place: shown(runs.open_run(p, "run")), times=1 + small) for place in places]
+    show = [best(lambda p: shown(runs.open_run(p, "run")), place, times=1 + small) for place in places]
     size = (folder / "full" / "run" / "events.jsonl").stat().st_size / 1e6
-    return [Part("runs_show", f"{30 * months:g} days, {size:.0f} MB", *show, 30.0, LINEAR, "half a minute")]
+    return [Part("runs_show", f"{30 * months:g} days, {size:.0f} MB", show, 30.0, LINEAR, "half a minute")]
 
 
 def shown(run: runs.Run) -> None:
@@ -146,10 +157,10 @@ def checkpoints(folder: Path, small: bool) -> list[Part]:
         place = checkpoint(folder / str(ranks), ranks)
         files = [shards.file_name(rank, ranks) for rank in range(ranks)]
         answers = [({name: manifest.entry(b"fragments of rank %d" % rank)}, rank) for rank, name in enumerate(files)]
-        parts["acknowledge"].append(best(lambda a=answers: merged(a)))
-        parts["declare"].append(best(lambda p=place, a=answers: manifest.commit(p, merged(a))))
-        parts["read"].append(best(lambda p=place: manifest.read(p)))
-        parts["verify"].append(best(lambda p=place, r=ranks: manifest.verify(p, share=(r // 2, r))))
+        parts["acknowledge"].append(best(merged, answers))
+        parts["declare"].append(best(lambda p, a: manifest.commit(p, merged(a)), place, answers))
+        parts["read"].append(best(manifest.read, place))
+        parts["verify"].append(best(lambda p, r: manifest.verify(p, share=(r // 2, r)), place, ranks))
     names = {
         "acknowledge": ("rank 0 puts acknowledgements together", 1.0, "nothing beside writing"),
         "declare": ("rank 0 writes the manifest", 1.0, "nothing beside writing"),
@@ -157,7 +168,7 @@ def checkpoints(folder: Path, small: bool) -> list[Part]:
         "verify": ("one rank's share, at a restore", 2.0, "nothing beside reading"),
     }
     return [
-        Part(f"manifest_{name}", f"8,000 ranks; {what}", *parts[name], budget, LINEAR, of)
+        Part(f"manifest_{name}", f"8,000 ranks; {what}", parts[name], budget, LINEAR, of)
         for name, (what, budget, of) in names.items()
     ]
 
@@ -167,13 +178,13 @@ def restores(folder: Path, small: bool) -> list[Part]:
     reads, puts = [], []
     for ranks in (51, 512):
         place = zero_3_checkpoint(folder / str(ranks), ranks)
-        reads.append(best(lambda p=place, r=ranks: read_headers(p, (0, r)), times=1))
+        reads.append(best(lambda p, r: read_headers(p, (0, r)), place, ranks, times=1))
         answers = [pickle.dumps({file: header}) for file, header in read_headers(place).items()]
-        puts.append(best(lambda p=place, a=answers: put_together(p, a), times=1))
+        puts.append(best(lambda p, a: put_together(p, a), place, answers, times=1))
     size = f"512 ranks, {PARAMETERS} parameters, "
     return [
-        Part("restore_read", f"{size}own share", *reads, 1.0, LINEAR, "a restart's part"),
-        Part("restore_open", f"{size}all of it", *puts, 60.0, LINEAR, "a restart's part"),
+        Part("restore_read", f"{size}own share", reads, 1.0, LINEAR, "a restart's part"),
+        Part("restore_open", f"{size}all of it", puts, 60.0, LINEAR, "a restart's part"),
     ]
 
 
@@ -194,17 +205,17 @@ def gateways(folder: Path, small: bool) -> list[Part]:
     lookups, updates, looks = [], [], []
     for models in (100, 1000):
         routes, raw = Routes(table(models)), json.loads(json.dumps({n: asdict(r) for n, r in table(models).items()}))
-        lookups.append(best(lambda r=routes: (r.check("m0007"), r.table["m0007"].choose()), repeat=1000))
-        updates.append(best(lambda raw=raw: {name: Route(**each) for name, each in raw.items()}, repeat=3))
+        lookups.append(best(lambda r: (r.check("m0007"), r.table["m0007"].choose()), routes, repeat=1000))
+        updates.append(best(lambda raw: {name: Route(**each) for name, each in raw.items()}, raw, repeat=3))
         capacity = Capacity(HttpConfig(), routes.table, {})
         counts = [{f"m{n:04}--v{v}": Replicas(k, "X") for n in range(models) for v in (1, 2, 3)} for k in (1, 2)]
         capacity.update(counts[0])
-        looks.append(best(lambda c=capacity, counts=counts: [c.update(each) for each in counts], repeat=2) / 2)
+        looks.append(best(lambda c, counts: [c.update(each) for each in counts], capacity, counts, repeat=2) / 2)
     size = "1,000 models x 3 versions"
     return [
-        Part("route_lookup", size, *lookups, 1e-4, CONSTANT, "a tenth of a ms a request"),
-        Part("route_update", size, *updates, 0.05, LINEAR, "requests wait for it"),
-        Part("capacity_look", size, *looks, 0.2, LINEAR, "a tenth of 2 s"),
+        Part("route_lookup", size, lookups, 1e-4, CONSTANT, "a tenth of a ms a request"),
+        Part("route_update", size, updates, 0.05, LINEAR, "requests wait for it"),
+        Part("capacity_look", size, looks, 0.2, LINEAR, "a tenth of 2 s"),
     ]
 
 
@@ -217,13 +228,13 @@ def keys(folder: Path, small: bool) -> list[Part]:
         ]
         file = folder / f"keys-{count}.yaml"
         file.write_text(to_yaml(KeysConfig(tenants=tuple(tenants))))
-        loads.append(best(lambda f=file: Tenants(str(f)), times=2))
+        loads.append(best(lambda f: Tenants(str(f)), file, times=2))
         known = Tenants(str(file))
-        lookups.append(best(lambda k=known: k.of("Bearer key-7-3"), repeat=1000))
+        lookups.append(best(lambda k: k.of("Bearer key-7-3"), known, repeat=1000))
     size = "1,000 tenants, 10,000 keys"
     return [
-        Part("keys_load", size, *loads, 3.0, LINEAR, "its period, in a thread"),
-        Part("keys_lookup", size, *lookups, 1e-4, CONSTANT, "a tenth of a ms a request"),
+        Part("keys_load", size, loads, 3.0, LINEAR, "its period, in a thread"),
+        Part("keys_lookup", size, lookups, 1e-4, CONSTANT, "a tenth of a ms a request"),
     ]
 
 
@@ -292,9 +303,9 @@ def queues(folder: Path, small: bool) -> list[Part]:
     full = [min(asyncio.run(refused(tenants)) for _ in range(3)) for tenants in (100, 1000)]
     idle = [min(asyncio.run(alone(tenants)) for _ in range(3)) for tenants in (100, 1000)]
     return [
-        Part("fair_queue_busy", "1,000 tenants waiting", *busy, 1e-3, CONSTANT, "a ms a request"),
-        Part("fair_queue_full", "1,000 tenants waiting", *full, 1e-3, LINEAR, "a ms a refusal"),
-        Part("fair_queue_idle", "1,000 tenants seen", *idle, 1e-3, LINEAR, "a ms a request"),
+        Part("fair_queue_busy", "1,000 tenants waiting", busy, 1e-3, CONSTANT, "a ms a request"),
+        Part("fair_queue_full", "1,000 tenants waiting", full, 1e-3, LINEAR, "a ms a refusal"),
+        Part("fair_queue_idle", "1,000 tenants seen", idle, 1e-3, LINEAR, "a ms a request"),
     ]
 
 
@@ -313,11 +324,11 @@ def decisions(folder: Path, small: bool) -> list[Part]:
             policy(context(number))
 
     policies = [ServePolicy(**config.model_dump(mode="json")) for _ in range(1000)]
-    cost = [best(lambda m=models: decide(m)) for models in (100, 1000)]
-    whole = [best(lambda m=models: serve(policies[:m])) for models in (100, 1000)]
+    cost = [best(decide, models) for models in (100, 1000)]
+    whole = [best(lambda m: serve(policies[:m]), models) for models in (100, 1000)]
     return [
-        Part("autoscaler", "1,000 models", *cost, 0.1, LINEAR, "a tenth of a replica's report period"),
-        Part("autoscaler_in_serve", "1,000 models", *whole, 0.5, LINEAR, "half of that period"),
+        Part("autoscaler", "1,000 models", cost, 0.1, LINEAR, "a tenth of a replica's report period"),
+        Part("autoscaler_in_serve", "1,000 models", whole, 0.5, LINEAR, "half of that period"),
     ]
 
 
@@ -329,16 +340,16 @@ def verdicts(folder: Path, small: bool) -> list[Part]:
     stack = Stack(problem="none")
     for ranks in (800, 8000):
         well = beats(ranks)
-        looks.append(best(lambda b=well: (slow_ranks(b), overdue(b, Bounds()))))
+        looks.append(best(lambda b: (slow_ranks(b), overdue(b, Bounds())), well))
         answers = [pickle.dumps(well[node : node + 8]) for node in range(0, ranks, 8)]
-        received.append(best(lambda a=answers: list(map(pickle.loads, a))))
+        received.append(best(lambda a: list(map(pickle.loads, a)), answers))
         hung = beats(ranks, phase="data", marks=400)
         stacks = dict.fromkeys(range(ranks), stack)
-        found.append(best(lambda b=hung, s=stacks: named(accuse(b, s, Bounds()))))
+        found.append(best(lambda b, s: named(accuse(b, s, Bounds())), hung, stacks))
     return [
-        Part("watch_receive", "1,000 nodes' answers", *received, POLL_SECONDS, LINEAR, "its period"),
-        Part("watch_look", "8,000 ranks", *looks, POLL_SECONDS, LINEAR, "its period"),
-        Part("watch_verdict", "8,000 ranks", *found, 2.0, LINEAR, "of the 10 s it has"),
+        Part("watch_receive", "1,000 nodes' answers", received, POLL_SECONDS, LINEAR, "its period"),
+        Part("watch_look", "8,000 ranks", looks, POLL_SECONDS, LINEAR, "its period"),
+        Part("watch_verdict", "8,000 ranks", found, 2.0, LINEAR, "of the 10 s it has"),
     ]
 
 
@@ -365,8 +376,8 @@ def planners(folder: Path, small: bool) -> list[Part]:
         return validate(raw, Config)
 
     save_tokenizer(folder / "tokenizer")
-    cost = [best(lambda n=nodes: plan(config(n)), times=2) for nodes in (51, 512)]
-    return [Part("planner", "512 nodes", *cost, 30.0, CONSTANT, "a start-up's part")]
+    cost = [best(lambda n: plan(config(n)), nodes, times=2) for nodes in (51, 512)]
+    return [Part("planner", "512 nodes", cost, 30.0, CONSTANT, "a start-up's part")]
 
 
 PARTS = (registries, records, checkpoints, restores, gateways, keys, queues, decisions, verdicts, planners)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks.endpoint import engine_stats, gateway_process, replica_processes, request, serving, tiny_model
 from benchmarks.report import Bar, quick, report

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import ray
 import torch
 import torch.distributed as dist
@@ -258,7 +258,7 @@ class Machine:
         if how == "kill":
             self.cluster.remove_node(node, allow_graceful=False)
         elif how == "drain":
-            from ray._raylet import GcsClient
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
             from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
             deadline = int((time.time() + 8) * 1000)

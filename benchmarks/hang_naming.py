@@ -325,7 +325,7 @@ def plans(count: int, draw: random.Random) -> list[Plan]:
 
 def main() -> int:
     few = quick()
-    draw, rows = random.Random(7), []
+    draw, rows = random.Random(7), list[dict[str, Any]]()
     for plan in plans(3 if few else 20, draw):
         named, seconds, bound = inject(plan, draw)
         verdict = named.verdict if named else None

@@ -138,7 +138,7 @@ def main() -> int:
         model = {"cpus": 1, "engine": {"threads": THREADS}}
         for path in PATHS:
             with serving(Path(temporary), model_dir, model, {"ingress": path}) as endpoint:
-                serve.run(Bare.bind(), name="bare", route_prefix="/bare")
+                serve.run(Bare.bind(), name="bare", route_prefix="/bare")  # type: ignore[attr-defined]
                 own = rounds if path == default else 0
                 bare_url = f"{proxy_url()}/bare/bare"
                 first, speed = asyncio.run(measure(here, endpoint.url, bare_url, times, own))

@@ -8,16 +8,10 @@ from raymodels.jobs import main
 
 
 def run(config: Config) -> None:
-    from raymodels.data.prepare import prepare
-    from raymodels.train.engine import starting_point
+    from raymodels.train.launch import prepare_data
 
     with following(config.train.steps) as show:
-        # The tokenizer that training would take, so that training finds this dataset.
-        prepared = prepare(
-            config,
-            tokenizer_from=starting_point(config).from_,
-            progress=lambda done, total: show({"kind": "preparing", "done": done, "total": total}),
-        )
+        prepared = prepare_data(config, on_event=show)
     print(f"prepared: {prepared.place} ({'found there' if prepared.reused else 'new'})")
 
 

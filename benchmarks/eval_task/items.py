@@ -54,12 +54,12 @@ def documented() -> list[dict[str, str]]:
 def _of(file: Path) -> list[dict[str, str]]:
     found = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        kind = KINDS.get(type(node))
-        text = ast.get_docstring(node) if kind else None
-        line, _, body = (text or "").partition("\n\n")
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        line, _, body = (ast.get_docstring(node) or "").partition("\n\n")
         if len(line) in LINE and "\n" not in line and len(body) > 40 and body.isascii() and line.isascii():
             body = inspect.cleandoc(body)[:BODY].rsplit(" ", 1)[0]
-            found.append({"kind": kind, "name": node.name, "line": line, "body": body})  # type: ignore[dict-item, attr-defined]
+            found.append({"kind": KINDS[type(node)], "name": node.name, "line": line, "body": body})
     return found
 
 
