@@ -1,11 +1,15 @@
-"""The scripts in jobs/, as `ray job submit` calls them, up to where their work begins."""
+"""The scripts in jobs/, as `ray job submit` calls them, up to where their work begins; prepare to its end."""
 
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from raymodels.config import to_yaml
+from tests.conftest import altered
 
 ROOT = Path(__file__).parents[2]
 JOBS = [ROOT / "jobs" / f"{name}.py" for name in ("evaluate", "prepare", "serve", "train")]
@@ -36,6 +40,17 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(job: Path) -> None:
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: {section}.colour: unknown key")
+
+
+@pytest.mark.slow
+def test_a_dataset_is_prepared_once(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config, prepare = tmp_path / "tiny.yaml", ROOT / "jobs/prepare.py"
+    config.write_text(to_yaml(altered(tiny, data={"prepared": str(tmp_path)})))
+    first, again = (call(prepare, str(config)) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    [place] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert first.stdout == f"prepared: {place} (new)\n"
+    assert again.stdout == f"prepared: {place} (found there)\n"
 
 
 def test_sigterm_unwinds_as_ctrl_c_does(tmp_path: Path) -> None:
