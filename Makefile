@@ -5,7 +5,9 @@ READY := .venv/ready
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-fast check lint clean
+.PHONY: setup demo test test-fast bench-quick check lint clean
+
+QUICK := resume_matrix sample_exact kill_saves hang_naming planner_accuracy batch_resume replica_kill
 
 setup: $(READY)
 
@@ -26,6 +28,9 @@ test: lint
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' tests/unit
+
+bench-quick: $(READY)
+	set -e; for name in $(QUICK); do $(BIN)/python -m benchmarks.$$name --quick; done
 
 check: lint
 	$(BIN)/pytest -q tests/unit/test_house.py
