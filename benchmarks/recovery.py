@@ -66,9 +66,8 @@ class Disturber:
             return
         if self._done_at and "phases" in event:  # the first step of an attempt
             self.recoveries[-1]["seconds"] = time.monotonic() - self._done_at
-            self.recoveries[-1]["redone"] = max(
-                0, self._last + 1 - event["step"]
-            )  # reports of the last steps may be lost
+            # Reports of the last steps before a fault may be lost, so the next step may be later than was heard of.
+            self.recoveries[-1]["redone"] = max(0, self._last + 1 - event["step"])
             self.recoveries[-1]["workers"] = event["world_size"]
             self._done_at = 0.0
         self._last = event["step"]
