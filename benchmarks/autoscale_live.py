@@ -15,10 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 from ray import serve
 
-from benchmarks.endpoint import APPLICATION, Outcome, request, serving, tiny_model
+from benchmarks.endpoint import APPLICATION, Outcome, client, request, serving, tiny_model
 from benchmarks.report import Bar, quick, report
 
 CLIENTS = 6
@@ -72,15 +71,15 @@ async def load(url: str, seconds: float) -> list[list[Outcome]]:
     """By client. They ask again as soon as they are answered; half of them stream."""
     end = time.monotonic() + seconds
 
-    async def client(number: int) -> list[Outcome]:
+    async def ask(number: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        async with client(url, timeout_s=300) as http:
             while time.monotonic() < end:
                 fields: dict[str, Any] = {"prompt": f"def f{number}", "max_tokens": 64, "stream": number % 2 == 0}
                 outcomes.append(await request(http, **fields))
         return outcomes
 
-    return await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    return await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
 
 
 def main() -> int:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.endpoint import engine_stats, gateway_process, replica_processes, request, serving, tiny_model
+from benchmarks.endpoint import client, engine_stats, gateway_process, replica_processes, request, serving, tiny_model
 from benchmarks.report import Bar, quick, report
 from raymodels.config import EngineConfig
 from raymodels.serve.engine import GenerateRequest, Sampling
@@ -48,9 +48,9 @@ class Footprint:
     tasks: int
 
 
-async def asked(client: httpx.AsyncClient, abort_after_s: float | None, **fields: Any) -> bool:
+async def asked(http: aiohttp.ClientSession, abort_after_s: float | None, **fields: Any) -> bool:
     """Send a request; whether it was aborted before it ended."""
-    asking = asyncio.create_task(request(client, **fields))
+    asking = asyncio.create_task(request(http, **fields))
     await asyncio.wait([asking], timeout=abort_after_s)
     asking.cancel()
     outcome = (await asyncio.gather(asking, return_exceptions=True))[0]
@@ -102,11 +102,11 @@ def round_trip_s() -> float:
 async def aborts(url: str, count: int, longest_s: float) -> dict[bool, list[float]]:
     """Streaming or not -> seconds from each abort until its slot was free; what finished before does not count."""
     draw, found = random.Random(11), dict[bool, list[float]]({True: [], False: []})
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with client(url, timeout_s=60) as http:
         while sum(map(len, found.values())) < count:
             streaming = len(found[True]) <= len(found[False])
             fields = {"prompt": "def main", "max_tokens": LONG_TOKENS, "stream": streaming, "logit_bias": {"0": -100}}
-            if await asked(client, draw.uniform(0, longest_s), **fields):
+            if await asked(http, draw.uniform(0, longest_s), **fields):
                 found[streaming].append(await asyncio.to_thread(freed_s))
     return found
 
@@ -115,17 +115,17 @@ async def short_requests(url: str, count: int, clients: int) -> int:
     """Requests of which a fifth is aborted within the time that they take; how many were."""
     draw, left, aborted = random.Random(12), count, 0
 
-    async def ask(client: httpx.AsyncClient) -> None:
+    async def ask(http: aiohttp.ClientSession) -> None:
         nonlocal left, aborted
         while left > 0:
             left -= 1
             leaves = draw.uniform(0, 0.05) if draw.random() < 0.2 else None
             fields = {"prompt": "def main", "max_tokens": draw.randint(1, 4), "stream": draw.random() < 0.5}
-            gone = await asked(client, leaves, **fields)
+            gone = await asked(http, leaves, **fields)
             aborted += gone
 
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        await asyncio.gather(*(ask(client) for _ in range(clients)))
+    async with client(url, timeout_s=60) as http:
+        await asyncio.gather(*(ask(http) for _ in range(clients)))
     return aborted
 
 
@@ -144,9 +144,9 @@ def footprints() -> list[Footprint]:
 
 async def whole_s(url: str) -> float:
     """What a long request takes."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with client(url, timeout_s=60) as http:
         fields = {"prompt": "def main", "max_tokens": LONG_TOKENS, "logit_bias": {"0": -100}}
-        outcomes = [await request(client, **fields) for _ in range(4)]
+        outcomes = [await request(http, **fields) for _ in range(4)]
     return statistics.median(outcome.total_s for outcome in outcomes[1:])
 
 

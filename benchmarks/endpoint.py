@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import torch
 from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -130,18 +130,27 @@ class Outcome:
     total_s: float = 0.0
 
 
-async def request(http: httpx.AsyncClient, **fields: Any) -> Outcome:
+def client(url: str, timeout_s: float, headers: dict[str, str] | None = None) -> aiohttp.ClientSession:
+    """Of an endpoint, with any number of connections. To be made in an event loop.
+
+    aiohttp takes a tenth of the processor time of httpx, which would be taken from what is measured.
+    """
+    timeout, connector = aiohttp.ClientTimeout(timeout_s), aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(url, timeout=timeout, connector=connector, headers=headers)
+
+
+async def request(http: aiohttp.ClientSession, **fields: Any) -> Outcome:
     """Ask for a completion, streamed or not."""
     outcome, start = Outcome(), time.perf_counter()
     body = {"model": MODEL, **fields} | ({"stream_options": {"include_usage": True}} if fields.get("stream") else {})
     try:
-        async with http.stream("POST", "/v1/completions", json=body) as answer:
-            outcome.status, content = answer.status_code, b""
-            async for piece in answer.aiter_bytes():
+        async with http.post("/v1/completions", json=body) as answer:
+            outcome.status, content = answer.status, b""
+            async for piece in answer.content.iter_any():
                 outcome.first_s = outcome.first_s or time.perf_counter() - start
                 content += piece
         _judge(outcome, content, answer.headers.get("Content-Type", ""))
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         outcome.error = type(error).__name__
     outcome.total_s = time.perf_counter() - start
     return outcome

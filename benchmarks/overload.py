@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
-from benchmarks.endpoint import Outcome, request, serving, tiny_model
+from benchmarks.endpoint import Outcome, client, request, serving, tiny_model
 from benchmarks.report import Bar, quick, report
 from raymodels.serve.tenants import add_key
 
@@ -27,12 +27,11 @@ FIELDS: dict[str, Any] = {"prompt": "def main", "max_tokens": 64, "logit_bias": 
 ALLOWED = {200, 429, 503}
 
 
-def client(url: str, key: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers={"Authorization": f"Bearer {key}"})
+def tenant(url: str, key: str) -> aiohttp.ClientSession:
+    return client(url, timeout_s=120, headers={"Authorization": f"Bearer {key}"})
 
 
-async def at_rate(http: httpx.AsyncClient, per_s: float, seconds: float) -> list[Outcome]:
+async def at_rate(http: aiohttp.ClientSession, per_s: float, seconds: float) -> list[Outcome]:
     """Send requests evenly, whether or not earlier ones have been answered; their outcomes once all have."""
     sent, start = list[asyncio.Task[Outcome]](), time.perf_counter()
     for number in range(int(per_s * seconds)):
@@ -41,7 +40,7 @@ async def at_rate(http: httpx.AsyncClient, per_s: float, seconds: float) -> list
     return await asyncio.gather(*sent)
 
 
-async def rate(http: httpx.AsyncClient, seconds: float) -> float:
+async def rate(http: aiohttp.ClientSession, seconds: float) -> float:
     """Requests a second of as many clients as the model decodes together."""
     start, done = time.perf_counter(), 0
 
@@ -58,7 +57,7 @@ async def rate(http: httpx.AsyncClient, seconds: float) -> float:
 async def measure(url: str, quiet_key: str, loud_key: str, rounds: int, seconds: float) -> tuple[float, Any]:
     """The model's rate, and outcomes of the quiet key alone, of it under overload, and of the loud key."""
     alone, beside, loud = list[Outcome](), list[Outcome](), list[Outcome]()
-    async with client(url, quiet_key) as quiet_http, client(url, loud_key) as loud_http:
+    async with tenant(url, quiet_key) as quiet_http, tenant(url, loud_key) as loud_http:
         await rate(loud_http, seconds / 4)
         full = await rate(loud_http, seconds / 2)
         for _ in range(rounds):

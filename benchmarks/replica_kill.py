@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
-from benchmarks.endpoint import Outcome, replica_processes, request, serving, tiny_model
+from benchmarks.endpoint import Outcome, client, replica_processes, request, serving, tiny_model
 from benchmarks.report import Bar, quick, report
 
 CLIENTS = 8
@@ -33,15 +33,15 @@ async def load(url: str, stop: asyncio.Event, found: dict[bool, list[Outcome]]) 
     """Clients that ask without a pause until told to stop; the outcomes, streamed or not."""
     draw = random.Random(5)
 
-    async def ask(client: httpx.AsyncClient) -> None:
+    async def ask(http: aiohttp.ClientSession) -> None:
         while not stop.is_set():
             streaming = draw.random() < 0.5
             fields = {"prompt": "def main", "max_tokens": draw.randint(1, 300), "logit_bias": {"0": -100}}
-            found[streaming].append(await request(client, stream=streaming, **fields))
+            found[streaming].append(await request(http, stream=streaming, **fields))
 
     own = {"X-Request-Timeout": str(DEADLINE_S)}
-    async with httpx.AsyncClient(base_url=url, timeout=2 * DEADLINE_S, headers=own) as client:
-        await asyncio.gather(*(ask(client) for _ in range(CLIENTS)))
+    async with client(url, 2 * DEADLINE_S, own) as http:
+        await asyncio.gather(*(ask(http) for _ in range(CLIENTS)))
 
 
 async def kills(count: int) -> list[float]:

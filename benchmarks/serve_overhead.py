@@ -21,11 +21,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 from fastapi import FastAPI
 from ray import serve
 
-from benchmarks.endpoint import proxy_url, request, serving, tiny_model
+from benchmarks.endpoint import client, proxy_url, request, serving, tiny_model
 from benchmarks.report import Bar, report
 from raymodels.config import EngineConfig, HttpConfig
 from raymodels.serve.engine import GenerateRequest, Sampling
@@ -73,7 +73,7 @@ class There:
     """The endpoint."""
 
     def __init__(self, url: str) -> None:
-        self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None))
+        self.http = client(url, timeout_s=300)
 
     async def ask(self, tokens: int) -> tuple[float, int]:
         outcome = await request(self.http, prompt=prompt(), max_tokens=tokens, temperature=0, stream=True)
@@ -84,22 +84,23 @@ class There:
 async def rate(ask: Callable[[int], Awaitable[tuple[float, int]]], clients: int, each: int) -> float:
     """Tokens a second of so many clients, each with so many requests one after the other."""
 
-    async def client() -> int:
+    async def one_after_another() -> int:
         return sum([(await ask(TOKENS))[1] for _ in range(each)])
 
     start = time.perf_counter()
-    generated = sum(await asyncio.gather(*(client() for _ in range(clients))))
+    generated = sum(await asyncio.gather(*(one_after_another() for _ in range(clients))))
     return generated / (time.perf_counter() - start)
 
 
 async def firsts(here: Here, there: There, bare_url: str, times: int) -> dict[str, list[float]]:
     """Milliseconds to the first token of the engine and the endpoint, and of bare round trips, in turns."""
     found: dict[str, list[float]] = {"engine": [], "endpoint": [], "bare": []}
-    async with httpx.AsyncClient(timeout=60) as http:
+    async with aiohttp.ClientSession() as http:
         for number in range(times + 5):
             engine, endpoint = (await here.ask(2))[0], (await there.ask(2))[0]
             start = time.perf_counter()
-            (await http.post(bare_url)).raise_for_status()
+            async with http.post(bare_url, raise_for_status=True) as answer:
+                await answer.read()
             round_trip = time.perf_counter() - start
             if number >= 5:
                 for name, seconds in zip(found, (engine, endpoint, round_trip), strict=True):
@@ -121,7 +122,7 @@ async def measure(
     first = {name: statistics.median(values) for name, values in (await firsts(here, there, bare_url, times)).items()}
     loads = LOADS if rounds else ()
     speed = {clients: await rates(here, there, clients, each, rounds) for clients, each in loads}
-    await there.http.aclose()
+    await there.http.close()
     return first, speed
 
 

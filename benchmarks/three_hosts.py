@@ -27,9 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from benchmarks.endpoint import MODEL, Outcome, request
+from benchmarks.endpoint import MODEL, Outcome, client, request
 from benchmarks.hosts import RAY_PORT, Host, missing, network, ray_cluster, signal_inside
 from benchmarks.recovery import weights_difference
 from benchmarks.report import Bar, report
@@ -206,7 +204,7 @@ async def call(url: str, found: Path) -> None:
     over, sent = asyncio.Event(), list[tuple[float, asyncio.Task[Outcome]]]()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     headers = {"X-Request-Timeout": str(DEADLINE_S)}
-    async with httpx.AsyncClient(base_url=url, timeout=2 * DEADLINE_S, headers=headers) as http:
+    async with client(url, 2 * DEADLINE_S, headers) as http:
         while not over.is_set():
             fields = {"prompt": f"def main{len(sent)}", "max_tokens": 24, "stream": len(sent) % 2 == 0}
             sent.append((time.time(), asyncio.create_task(request(http, **fields))))

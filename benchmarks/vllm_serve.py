@@ -80,7 +80,7 @@ async def measure(urls: dict[str, str], rounds: int) -> dict[int, dict[str, floa
         ]
         found[clients] = {name: median(turn[name] for turn in turns) for name in servers}
     for server in servers.values():
-        await server.http.aclose()
+        await server.http.close()
     return found
 
 

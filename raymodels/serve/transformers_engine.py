@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -21,6 +22,11 @@ from raymodels.serve.text import Text
 
 log = logging.getLogger(__name__)
 
+NICENESS = 4
+"""Added where the cores compute the model, which leaves them no pause: else every token waits to be sent for a slice of
+theirs, some milliseconds at each hop.
+"""
+
 
 class TransformersEngine(Engine):
     """Serves a directory in Hugging Face layout. On return it is warm, and proven against the model's own forward.
@@ -36,19 +42,17 @@ class TransformersEngine(Engine):
     def __init__(
         self, model_dir: str, config: EngineConfig, threads: int = 1, adapters: Mapping[str, str] = NO_ADAPTERS
     ) -> None:
-        self._model = PackedModel(model_dir, config, adapters)
-        self.context = self._model.context
         self.text = Text.of(model_dir)
         self._max_batch, self._threads, self._adapters = config.max_batch, threads, frozenset(adapters)
-        self._grammars = Grammars(self.text, self._model.vocabulary)
-        self._batch = Batch(self._model, self.text, self._grammars, config)
         self._listeners = Listeners(config.max_batch + config.max_queue, self.abort)
         self._added: list[GenerateRequest] = []
         self._aborted: list[str] = []
         self._wake = threading.Condition()
         self._closing = False
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(model_dir, config, adapters, ready), name="engine", daemon=True
+        )
         self._thread.start()
         ready.result()
 
@@ -106,10 +110,9 @@ class TransformersEngine(Engine):
             self._wake.notify()
         self._thread.join()
 
-    def _run(self, ready: Future[None]) -> None:
+    def _run(self, model_dir: str, config: EngineConfig, adapters: Mapping[str, str], ready: Future[None]) -> None:
         try:
-            torch.set_num_threads(self._threads)
-            self._model.prove()
+            self._load(model_dir, config, adapters)
             ready.set_result(None)
             while self._take():
                 self._listeners.put(self._batch.step())
@@ -122,6 +125,18 @@ class TransformersEngine(Engine):
             failure = ServeError(f"the engine has failed: {error}")
             failure.__cause__ = error
             self._listeners.fail(failure)
+
+    def _load(self, model_dir: str, config: EngineConfig, adapters: Mapping[str, str]) -> None:
+        # In the thread that computes, so that no other thread has OpenMP workers: with more of them than cores, libgomp
+        # no longer lets them spin, and each of the hundreds of products of a step waits for one to be woken.
+        if not torch.cuda.is_available():
+            os.nice(NICENESS)  # of this thread and its workers
+        torch.set_num_threads(self._threads)
+        self._model = PackedModel(model_dir, config, adapters)
+        self._model.prove()
+        self.context = self._model.context
+        self._grammars = Grammars(self.text, self._model.vocabulary)
+        self._batch = Batch(self._model, self.text, self._grammars, config)
 
     def _take(self) -> bool:
         """Wait for work and take in what was asked since the last step; false once closing."""
