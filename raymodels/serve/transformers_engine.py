@@ -42,7 +42,6 @@ class TransformersEngine(Engine):
     def __init__(
         self, model_dir: str, config: EngineConfig, threads: int = 1, adapters: Mapping[str, str] = NO_ADAPTERS
     ) -> None:
-        self.text = Text.of(model_dir)
         self._max_batch, self._threads, self._adapters = config.max_batch, threads, frozenset(adapters)
         self._listeners = Listeners(config.max_batch + config.max_queue, self.abort)
         self._added: list[GenerateRequest] = []
@@ -135,6 +134,7 @@ class TransformersEngine(Engine):
         self._model = PackedModel(model_dir, config, adapters)
         self._model.prove()
         self.context = self._model.context
+        self.text = Text.of(model_dir)
         self._grammars = Grammars(self.text, self._model.vocabulary)
         self._batch = Batch(self._model, self.text, self._grammars, config)
 
