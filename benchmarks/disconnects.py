@@ -112,14 +112,17 @@ async def aborts(url: str, count: int, longest_s: float) -> dict[bool, list[floa
 
 
 async def short_requests(url: str, count: int, clients: int) -> int:
-    """Requests of which a fifth is aborted within the time that they take; how many were."""
+    """Requests of which a fifth is aborted within the time that they take; how many were.
+
+    Some that were to leave are answered before; others then leave for them.
+    """
     draw, left, aborted = random.Random(12), count, 0
 
     async def ask(http: aiohttp.ClientSession) -> None:
         nonlocal left, aborted
         while left > 0:
             left -= 1
-            leaves = draw.uniform(0, 0.05) if draw.random() < 0.2 else None
+            leaves = draw.uniform(0, 0.05) if aborted < (count - left) / 5 else None
             fields = {"prompt": "def main", "max_tokens": draw.randint(1, 4), "stream": draw.random() < 0.5}
             gone = await asked(http, leaves, **fields)
             aborted += gone
