@@ -27,7 +27,8 @@ jobs = typer.Typer()
 cluster = typer.Typer(help="Clusters of one's own, which `ray up` starts.", no_args_is_help=True)
 
 Address = Annotated[
-    str | None, typer.Option(help="The cluster's dashboard, https://HOST or http://HOST:8265; default RAY_ADDRESS")
+    str | None,
+    typer.Option(help="The cluster's dashboard, https://HOST or http://HOST:8265; default RAY_API_SERVER_ADDRESS"),
 ]
 Ca = Annotated[Path | None, typer.Option("--ca", envvar="RAYMODELS_CA", help="PEM file of the CA to trust for https")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="As submit and list print it")]
@@ -156,7 +157,7 @@ def _show(state: JobState, as_json: bool) -> None:
         return
     print(_text(state))
     if state.message:
-        print(state.message)
+        print(state.message if state.error else state.cause)
 
 
 def _text(state: JobState) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S, ANSWER_S = 10.0, 60.0
-"""How long a connection may take to open, and to bring the next bytes. Ray's client alone waits forever."""
+"""How long a connection may take to open or to take the next bytes, and to bring some. Ray's client waits forever."""
+SCHEMES = ("http://", "https://")
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 Answer = TypeVar("Answer")
 
@@ -75,10 +77,12 @@ def connect(address: str | None = None, ca: str | Path | None = None) -> Cluster
         raise ClusterError(f"submitting needs Ray: pip install 'raymodels[train]' ({error})") from error
 
     class Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
-        """Ray's, which forwards this keyword to requests, and never gives it."""
+        """Ray's, which forwards the timeout to requests, and never gives one."""
 
-        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._do_request(*args, timeout=(CONNECT_S, ANSWER_S), **kwargs)
+        def _do_request(self, *args: Any, data: bytes | None = None, **kwargs: Any) -> Any:
+            # Bytes would be sent in one piece, and the time to connect would be that of the whole upload.
+            body = io.BytesIO(data) if data else None
+            return super()._do_request(*args, data=body, timeout=(CONNECT_S, ANSWER_S), **kwargs)
 
     place = find_address(address)
     if ca is not None and not Path(ca).exists():
@@ -95,6 +99,11 @@ def find_address(given: str | None) -> str:
     """An HTTP address. Ray's own client lets the environment override what it is given, so a conflict is an error."""
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         if environment := os.environ.get(variable):
+            if not environment.startswith(SCHEMES):  # Ray takes it for the address of the cluster's own store
+                raise ConfigError(
+                    f"{variable} is not a dashboard's address, and Ray's client prefers it to any other: "
+                    "set RAY_API_SERVER_ADDRESS=http://HOST:8265"
+                )
             if given is not None and given != environment:
                 raise ConfigError(f"address {given} is overridden by {variable}={environment}: unset one of them")
             given = environment
@@ -106,6 +115,8 @@ def find_address(given: str | None) -> str:
         raise ConfigError(
             "address: holds a user or password; leave them out, and give the token in RAY_AUTH_TOKEN_PATH"
         )
+    if not address.startswith(SCHEMES):
+        raise ConfigError(f"address {address}: give that of the dashboard, such as http://HOST:8265")
     return address
 
 

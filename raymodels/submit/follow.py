@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 POLL_S = 1.0
+FAILURES, ASK_S = 5, 5.0
+"""After so many failures to stream a log it is asked for, so often."""
 PENDING_S = 30.0
 """After so long one is told that a job has not started, and what Ray makes of it."""
 LOG_END_S = 30.0
@@ -51,11 +53,13 @@ def follow(cluster: Cluster, job_id: str, how: Following) -> tuple[JobDetails, s
         finally:
             stream.over.set()
         tail.result()
+    lines.take(stream.arriving)
     briefly = replace(how, lost_after_s=min(how.lost_after_s, LOG_END_S))
     try:
-        lines.finish(_insist(cluster, job_id, briefly, lambda client: client.get_job_logs(job_id)))
+        lines.see(insist(cluster, job_id, briefly, lambda client: client.get_job_logs(job_id)))
     except ClusterLost:
         how.notice(f"note: {job_id} ended {info.status.value}, but the end of its log could not be read")
+    lines.end()
     return info, lines.last
 
 
@@ -63,27 +67,39 @@ def _until_terminal(
     cluster: Cluster, job_id: str, how: Following, lines: _Lines, stream: _Stream, tail: Future[None]
 ) -> JobDetails:
     """Show lines until the job's status is terminal. The end of the log's stream would prove nothing."""
-    started, said = time.monotonic(), False
+    started, said, asked = time.monotonic(), False, float("-inf")
     while True:
         lines.show(stream.arriving, for_s=POLL_S)
         if tail.done():
             tail.result()
-        info = _insist(cluster, job_id, how, lambda client: client.get_job_info(job_id), stream.cut.set)
+        info = insist(cluster, job_id, how, lambda client: client.get_job_info(job_id), stream.break_off)
         if info.status.is_terminal():
             return info
+        if info.status.value == "RUNNING" and stream.failures >= FAILURES and time.monotonic() - asked > ASK_S:
+            if asked < 0:
+                how.notice(
+                    f"note: no websocket brings the log, as behind some proxies: its lines come every {ASK_S:g} s"
+                )
+            with contextlib.suppress(Unreachable, NotThere):
+                lines.see(cluster.ask(lambda client: client.get_job_logs(job_id)))
+            asked = time.monotonic()
         if info.status.value == "PENDING" and not said and time.monotonic() - started > PENDING_S:
             how.notice(f"note: {job_id} is PENDING: {info.message}")
             said = True
 
 
-def _insist(
+def insist(
     cluster: Cluster,
     job_id: str,
     how: Following,
     question: Callable[[JobSubmissionClient], Answer],
     on_silence: Callable[[], object] = lambda: None,
 ) -> Answer:
-    """Ask until there is an answer, or the cluster has been away for too long."""
+    """Ask until there is an answer, or the cluster has been away for too long.
+
+    Raises:
+        ClusterLost: it has, or no longer knows the job.
+    """
     since = time.monotonic()
     said = False
     while True:
@@ -127,9 +143,18 @@ class _Lines:
             with contextlib.suppress(queue.Empty):
                 self._add(*arriving.get(timeout=left))
 
-    def finish(self, whole: str) -> None:
-        """Show what the stream did not bring, and the last line even if it does not end."""
+    def take(self, arriving: queue.Queue[tuple[int, str]]) -> None:
+        """Show what has arrived already."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._add(*arriving.get_nowait())
+
+    def see(self, whole: str) -> None:
+        """Show what the stream did not bring."""
         self._add(0, whole)
+
+    def end(self) -> None:
+        """Show the last line even if it does not end."""
         if self._rest:
             self._add(self._shown, "\n")
 
@@ -151,6 +176,12 @@ class _Stream:
         self.cut = threading.Event()
         self._client, self._job_id = client, job_id
         self._heard = 0.0
+        self.failures = 0  # how often it ended by itself since it last brought text
+
+    def break_off(self) -> None:
+        """Nothing can come through the connection that there is."""
+        self.cut.set()
+        self.failures = 0
 
     async def run(self) -> None:
         """Read until ``over`` is set."""
@@ -160,6 +191,7 @@ class _Stream:
             reading = asyncio.ensure_future(self._read())
             while not (self.over.is_set() or self.cut.is_set() or reading.done() or self._silent()):
                 await asyncio.wait([reading], timeout=POLL_S / 4)
+            self.failures += reading.done()
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
@@ -175,6 +207,6 @@ class _Stream:
         # What breaks the stream shows in the job's status, which is polled, or is gone when it is opened again.
         with contextlib.suppress(aiohttp.ClientError, OSError, RuntimeError):
             async for text in self._client.tail_job_logs(self._job_id):
-                self._heard = time.monotonic()
+                self._heard, self.failures = time.monotonic(), 0
                 self.arriving.put((offset, text))
                 offset += len(text)

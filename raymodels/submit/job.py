@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raymodels import storage
 from raymodels.config import ServeConfig, load
-from raymodels.errors import ConfigError
+from raymodels.errors import ClusterError, ClusterLost, ConfigError
 from raymodels.submit.connect import Cluster, Unreachable, connect, goes_in_clear
-from raymodels.submit.follow import POLL_S, Following
+from raymodels.submit.follow import POLL_S, Following, insist
 from raymodels.submit.pack import pack
-from raymodels.submit.state import STOP_S, JobResult, as_state, await_end
+from raymodels.submit.state import STOP_S, JobResult, as_state, await_end, succeeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,8 @@ TREE = "raymodels_tree"
 LOST_AFTER_S = 300.0
 START_S = 60.0
 """How long to try to submit: a cluster that has just started answers before it takes jobs."""
+SETUP_S = 840
+"""How long a lock's packages may take; after 15 minutes Ray gives up a job that has not started, and says less."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def submit(
         address, ca: as of `connect`.
         overrides: ``section.key=value`` each.
         working_dir: what is sent, without histories, environments, caches and results.
-        wait: follow the job to its end; otherwise return once it is accepted.
+        wait: follow the job to its end; otherwise return once it is accepted, or raise if it has ended badly already.
         follow: called with each line of the job's log.
         notice: called with what one should know beside it; default: ``follow``.
         lost_after_s: how long the cluster may not answer before it is taken for lost.
@@ -89,7 +91,7 @@ def submit(
     Raises:
         ConfigError: the config is wrong or lies outside ``working_dir``, that is too large, or the id is another job's.
         ClusterError: the cluster is not there, or refuses the token or the job.
-        ClusterLost: it stopped answering while the job was followed.
+        ClusterLost: it stopped answering while the job was sent or followed.
         JobError: the job failed.
         JobStopped: it was stopped.
     """
@@ -111,10 +113,12 @@ def submit(
                 f"note: the token goes to {cluster.address} in clear text: use https, or forward the port by ssh"
             )
         wanted = _Wanted(name, entrypoint, {"working_dir": str(archive), **env}, tree, asked)
-        info = _attach_or_start(cluster, wanted, how.notice)
+        info = _attach_or_start(cluster, wanted, how)
     job_id = info.submission_id or name
     if wait:
         info = await_end(cluster, job_id, how)
+    elif info.status.is_terminal():
+        succeeded(cluster, info)
     return JobResult(job_id, info.status.value, time.monotonic() - started, cluster.address)
 
 
@@ -127,11 +131,11 @@ class _Wanted:
     asked: Submission
 
 
-def _attach_or_start(cluster: Cluster, wanted: _Wanted, notice: Callable[[str], object]) -> JobDetails:
+def _attach_or_start(cluster: Cluster, wanted: _Wanted, how: Following) -> JobDetails:
     """The job of that name if there is one, or a new one."""
     found, next_id = _newest(cluster, wanted.name)
     if found is not None and not (wanted.asked.again and found.status.is_terminal()):
-        return _attach(found, wanted, notice)
+        return _attach(found, wanted, how.notice)
     if found is not None:
         _must_be_the_same(found, wanted)
     deadline = time.monotonic() + START_S
@@ -147,16 +151,18 @@ def _attach_or_start(cluster: Cluster, wanted: _Wanted, notice: Callable[[str], 
                 )
             )
             break
-        except Unreachable:
+        except Unreachable as error:
+            trouble: ClusterError = error
+        try:
             if (there := cluster.find(next_id)) is not None:  # another client was faster, or the answer alone was lost
-                return _attach(there, wanted, notice)
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(POLL_S)
-    notice(f"{next_id}: {wanted.entrypoint}")
-    started = cluster.find(next_id)
-    assert started is not None
-    return started
+                return _attach(there, wanted, how.notice)
+        except Unreachable as error:
+            trouble = ClusterLost(f"{error} {next_id} may have been taken: the same submit again attaches to it")
+        if time.monotonic() > deadline:
+            raise trouble
+        time.sleep(POLL_S)
+    how.notice(f"{next_id}: {wanted.entrypoint}")
+    return insist(cluster, next_id, how, lambda client: client.get_job_info(next_id))
 
 
 def _newest(cluster: Cluster, name: str) -> tuple[JobDetails | None, str]:
@@ -209,7 +215,8 @@ def environment(asked: Submission) -> dict[str, Any]:
     packages = [line for line in lines if line and not line.startswith("#")]
     if not packages:
         raise ConfigError(f"--lock: {asked.lock} names no package")
-    return {**env, "uv": {"packages": packages, "uv_pip_install_options": []}}
+    config = {"setup_timeout_seconds": SETUP_S}
+    return {**env, "uv": {"packages": packages, "uv_pip_install_options": []}, "config": config}
 
 
 def _entrypoint(

@@ -69,24 +69,23 @@ def _write(working_dir: Path, files: list[str], target: Path) -> None:
 
 
 def tree_files(root: Path) -> Iterator[str]:
-    """The files to send, relative to ``root``, with / between folders. Links are followed, each folder once."""
+    """The files to send, relative to ``root``, with / between folders. Links are followed, but never in a circle."""
     try:
         from pathspec import GitIgnoreSpec
     except ImportError as error:
         raise ClusterError(f"submitting needs pathspec: pip install 'raymodels[train]' ({error})") from error
     rules: list[tuple[str, GitIgnoreSpec]] = [("", GitIgnoreSpec.from_lines(EXCLUDES))]
-    seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         here = Path(folder).relative_to(root).as_posix()
         prefix = "" if here == "." else f"{here}/"
         for name in IGNORE_FILES:
             if name in files:
                 rules.append((prefix, GitIgnoreSpec.from_lines((Path(folder) / name).read_text().splitlines())))
-        seen.add(os.path.realpath(folder))
+        above = {os.path.realpath(root / part) for part in (Path(here), *Path(here).parents)}
         folders[:] = [
             name
             for name in sorted(folders)
-            if not _ignored(f"{prefix}{name}/", rules) and os.path.realpath(Path(folder) / name) not in seen
+            if not _ignored(f"{prefix}{name}/", rules) and os.path.realpath(Path(folder) / name) not in above
         ]
         for name in files:
             if (Path(folder) / name).is_file() and not _ignored(prefix + name, rules):
@@ -94,7 +93,9 @@ def tree_files(root: Path) -> Iterator[str]:
 
 
 def _ignored(name: str, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    return any(name.startswith(prefix) and spec.match_file(name[len(prefix) :]) for prefix, spec in rules)
+    """The last rule that speaks of it decides, as in git: those of deeper folders come later."""
+    said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
+    return next((ignored for ignored in reversed(said) if ignored is not None), False)
 
 
 def _check_size(working_dir: Path, files: list[str]) -> None:

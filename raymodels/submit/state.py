@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raymodels.errors import ConfigError, JobError, JobStopped, RaymodelsError
-from raymodels.submit.connect import Cluster, first_line
+from raymodels.submit.connect import Cluster, Unreachable
 from raymodels.submit.follow import POLL_S, Following, follow
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as its cluster tells of it. Times are seconds since 1970."""
+    """A job as its cluster tells of it. Times are seconds since 1970; ``message`` is Ray's, of one line or many."""
 
     submission_id: str
     status: str
@@ -47,6 +48,12 @@ class JobState:
     def seconds(self) -> float | None:
         """From its submission to its end, or to now."""
         return None if self.started is None else (self.ended or time.time()) - self.started
+
+    @property
+    def cause(self) -> str:
+        """The message in a line: where it holds a traceback or a log, its head and its end."""
+        lines = [line.strip() for line in self.message.splitlines() if line.strip()]
+        return " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
 
     @property
     def over(self) -> bool:
@@ -99,20 +106,22 @@ def stop(cluster: Cluster, job_id: str, wait: bool = True) -> JobState:
 
     Raises:
         ConfigError: the cluster has no such job.
-        JobError: it still runs long after the time it was given.
+        JobError: it is not known to have ended long after the time it was given.
     """
     state = job_state(cluster, job_id)
     if state.over:
         return state
     cluster.ask(lambda client: client.stop_job(job_id))
     asked = time.monotonic()
-    while wait and not (state := job_state(cluster, job_id)).over:
+    while wait and not state.over:
         waited = time.monotonic() - asked
         if state.status == "PENDING" and waited > PENDING_S:
             break
         if waited > STOP_S + STOP_SLACK_S:
-            raise JobError(f"{job_id} still runs {waited:.0f} s after it was asked to stop: see its log")
+            raise JobError(f"{job_id} was {state.status} {waited:.0f} s after it was asked to stop: see its log")
         time.sleep(POLL_S)
+        with contextlib.suppress(Unreachable):
+            state = job_state(cluster, job_id)
     return state
 
 
@@ -128,12 +137,24 @@ def await_end(cluster: Cluster, job_id: str, how: Following) -> JobDetails:
     except KeyboardInterrupt:
         how.notice(f"{job_id} goes on without you; stop it with: raymodels stop {job_id} {cluster.options}")
         raise
-    if info.status.value == "STOPPED":
-        raise JobStopped(f"{job_id} was stopped")
-    if info.status.value != "SUCCEEDED":
-        code = f" with exit code {info.driver_exit_code}" if info.driver_exit_code is not None else ""
-        said = last_line or first_line(info.message or "no reason given")
-        raise JobError(f"{job_id} failed{code}: {said} (its log: raymodels logs {job_id} {cluster.options})")
+    return succeeded(cluster, info, last_line)
+
+
+def succeeded(cluster: Cluster, info: JobDetails, last_line: str = "") -> JobDetails:
+    """The same job, which is over.
+
+    Raises:
+        JobError: it failed: with its last line, or with Ray's words where its process did not come to an end.
+        JobStopped: somebody stopped it.
+    """
+    state = as_state(info)
+    if state.status == "STOPPED":
+        raise JobStopped(f"{state.submission_id} was stopped")
+    if state.status != "SUCCEEDED":
+        code = "" if state.exit_code is None else f" with exit code {state.exit_code}"
+        said = (state.exit_code is not None and last_line) or state.cause or "no reason given"
+        log = f"its log: raymodels logs {state.submission_id} {cluster.options}"
+        raise JobError(f"{state.submission_id} failed{code}: {said} ({log})")
     return info
 
 
@@ -142,7 +163,7 @@ def as_state(info: JobDetails) -> JobState:
         info.submission_id or info.job_id or "",
         info.status.value,
         info.entrypoint,
-        first_line(info.message or ""),
+        (info.message or "").strip(),
         info.start_time / 1000 if info.start_time else None,
         info.end_time / 1000 if info.end_time else None,
         info.driver_exit_code,

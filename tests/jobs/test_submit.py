@@ -1,15 +1,21 @@
 """Jobs submitted to a Ray head that demands a token."""
 
+import contextlib
+import random
 import ssl
+import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import trustme
 
 from raymodels.errors import ClusterError, ConfigError, JobError
 from raymodels.submit import Submission, connect, submit
+from raymodels.submit.follow import POLL_S
 from tests.jobs.head import CUT_S, LINES, Head, free_ports
 from tests.jobs.tcp_proxy import TcpProxy
 
@@ -33,6 +39,23 @@ def test_a_job_that_fails(head: Head, tree: Path, config: Path) -> None:
     with pytest.raises(JobError, match="exit code 1: error: seed 2 is no good") as caught:
         submit(config, address=head.address, working_dir=tree, overrides=["run.seed=2"])
     assert "\n" not in str(caught.value)
+    with pytest.raises(JobError, match=r"exit code 1: .*error: seed 2 is no good"):
+        submit(config, address=head.address, working_dir=tree, overrides=["run.seed=2"], wait=False)
+
+
+def test_a_job_whose_supervisor_dies(head: Head, tree: Path, config: Path) -> None:
+    def kill(line: str) -> None:
+        if line == "sleeping":
+            [supervisor] = [each for each in psutil.process_iter() if "ray::JobSupervisor" in "".join(command(each))]
+            supervisor.kill()
+
+    def command(process: psutil.Process) -> list[str]:
+        with contextlib.suppress(psutil.Error):
+            return process.cmdline()
+        return []
+
+    with pytest.raises(JobError, match=r"failed: .*died"):
+        submit(config, address=head.address, working_dir=tree, overrides=["run.seed=3"], follow=kill)
 
 
 def test_the_same_command_is_one_job(head: Head, tree: Path, config: Path) -> None:
@@ -115,6 +138,62 @@ def test_the_network_is_cut_in_mid_log(head: Head, tree: Path, config: Path) -> 
     assert lines[-1] == "no newline at the end"
     assert any("does not answer" in notice for notice in notices)
     assert any("answers again" in notice for notice in notices)
+
+
+def test_the_answer_to_a_submit_is_lost(head: Head, tree: Path, config: Path) -> None:
+    asked, cut = threading.Event(), threading.Event()
+
+    def request(piece: bytes) -> bool:
+        if piece.startswith(b"POST /api/jobs/"):
+            asked.set()
+        return True
+
+    def answer(piece: bytes) -> bool:
+        if asked.is_set() and not cut.is_set():
+            cut.set()
+            proxy.cut()
+            threading.Timer(3, proxy.mend).start()
+            return False
+        return True
+
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]), request=request, answer=answer)
+    address, notices = f"http://127.0.0.1:{proxy.port}", list[str]()
+    asking = Submission(id="answer-lost")
+    result = submit(config, address=address, working_dir=tree, submission=asking, notice=notices.append)
+    assert cut.is_set()
+    assert (result.submission_id, result.status) == ("answer-lost", "SUCCEEDED")
+    assert any("this attaches to it" in notice or "is over" in notice for notice in notices)
+
+
+def test_a_proxy_without_websockets(head: Head, tree: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymodels.submit.follow.FAILURES", 2)
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]), request=lambda piece: b"/logs/tail" not in piece)
+    lines, notices, when = list[str](), list[str](), list[float]()
+
+    def follow(line: str) -> None:
+        lines.append(line)
+        when.append(time.monotonic())
+
+    submit(
+        config,
+        address=f"http://127.0.0.1:{proxy.port}",
+        working_dir=tree,
+        overrides=["run.seed=4", "run.name=no-websockets"],
+        follow=follow,
+        notice=notices.append,
+    )
+    assert [line for line in lines if line.startswith("line ")] == [f"line {number}" for number in range(LINES)]
+    assert sum("no websocket" in notice for notice in notices) == 1
+    assert when[-1] - when[0] > POLL_S, "all of it came at the end"
+
+
+def test_a_slow_upload(head: Head, tree: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["raymodels.submit.connect"], "CONNECT_S", 1.0)
+    (tree / "data.bin").write_bytes(random.Random(0).randbytes(15_000_000))
+    proxy = TcpProxy(int(head.address.rpartition(":")[2]), upload=5e6)
+    result = submit(config, address=f"http://127.0.0.1:{proxy.port}", working_dir=tree)
+    assert result.status == "SUCCEEDED"
+    assert result.seconds > 2, "the proxy was not slow"
 
 
 def test_https_with_a_ca_of_ones_own(head: Head, tree: Path, config: Path, tmp_path: Path) -> None:

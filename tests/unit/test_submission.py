@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raymodels.errors import ClusterError, ConfigError
-from raymodels.submit import Submission, pack, submit
+from raymodels.submit import JobState, Submission, pack, submit
 from raymodels.submit.connect import find_address, find_token, goes_in_clear
 from raymodels.submit.job import environment
 from raymodels.submit.pack import EXCLUDES, MOST_BYTES, tree_files
@@ -45,6 +45,20 @@ def test_what_is_sent(tmp_path: Path) -> None:
     (root / "a" / "loop").symlink_to(root)
     (root / "a" / "nowhere").symlink_to("nothing")
     assert sorted(tree_files(root)) == sorted([*kept, ".gitignore", "a/.rayignore"])
+
+
+def test_links_are_followed_as_often_as_they_are_there(tmp_path: Path) -> None:
+    write(tmp_path, **{"a/file": "x", "b/own": "x"})
+    (tmp_path / "b/data").symlink_to("../a")
+    (tmp_path / "a/up").symlink_to("..")
+    (tmp_path / "a/over").symlink_to("../b")
+    assert set(tree_files(tmp_path)) == {"a/file", "a/over/own", "b/own", "b/data/file"}
+
+
+def test_what_is_ignored_is_what_git_ignores(tmp_path: Path) -> None:
+    write(tmp_path, **{".gitignore": "*.log\n", "a.log": "x", "c/.gitignore": "!keep.log", "c/keep.log": "x"})
+    write(tmp_path, **{"c/b.log": "x", ".rayignore": "!a.log\n/c/big", "c/big": "x"})
+    assert set(tree_files(tmp_path)) == {".gitignore", ".rayignore", "a.log", "c/.gitignore", "c/keep.log"}
 
 
 def test_the_same_files_are_the_same_archive(tmp_path: Path) -> None:
@@ -125,6 +139,33 @@ def test_only_what_is_asked_for_is_reserved() -> None:
         "entrypoint_memory": 8,
         "entrypoint_resources": {"head": 0.001},
     }
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+@pytest.mark.parametrize("value", ["10.0.0.1:6379", "auto", "ray://10.0.0.1:10001", "user:hunter2@10.0.0.1:6379"])
+def test_an_environment_that_names_no_dashboard(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{variable} is not .* RAY_API_SERVER_ADDRESS=http://") as caught:
+        find_address(None)
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
+    assert find_address(None) == "http://10.0.0.1:8265"
+
+
+def test_an_address_of_another_kind() -> None:
+    with pytest.raises(ConfigError, match=r"http://HOST:8265"):
+        find_address("ray://10.0.0.1:10001")
+    assert find_address("ray.example.com:8265") == "http://ray.example.com:8265"
+
+
+def test_why_a_job_ended() -> None:
+    def cause(message: str) -> str:
+        return JobState("x", "FAILED", "python x.py", message, None, None, None).cause
+
+    assert cause("") == ""
+    assert cause("Job supervisor actor died.") == "Job supervisor actor died."
+    traceback = "runtime_env setup failed: Failed to set up.\nTraceback:\n  File\nno such package: torhc==2\n\n"
+    assert cause(traceback) == "runtime_env setup failed: Failed to set up. ... no such package: torhc==2"
 
 
 def test_an_address_with_a_password_is_refused_unshown() -> None:
