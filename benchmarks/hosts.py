@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-SWITCH = "rm-switch"
 RAY_PORT = 6379
 UNSHARED = ["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
 BOOT = """
@@ -36,24 +36,24 @@ def missing() -> str:
         return "network namespaces are Linux's"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    absent = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
+    absent = [tool for tool in ("ip", "unshare", "nsenter", "setpriv", "mount") if shutil.which(tool) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: iproute2, util-linux)"
     try:
-        _ip("netns", "add", "rm-probe")
-        _ip("netns", "del", "rm-probe")
-    except subprocess.CalledProcessError as error:
-        return f"network namespaces are not allowed here: {error.stderr.strip()}"
-    return ""
+        with tempfile.TemporaryDirectory() as folder, network(1, Path(folder)):
+            return ""
+    except (subprocess.CalledProcessError, TimeoutError, psutil.NoSuchProcess) as error:
+        return f"network namespaces are not allowed here: {getattr(error, 'stderr', None) or error}".strip()
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of them. ``init`` is the id, outside, of the process that it lives as long as."""
+    """One of them. ``init`` is the id, outside, of the process that it lives as long as; ``switch`` has its cable."""
 
     name: str
     address: str
     init: int
+    switch: str
 
     def start(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Run a program in it, in the background; it ends with its host."""
@@ -66,31 +66,32 @@ class Host:
 
     def cable(self, state: str) -> None:
         """Pull it, ``down``, or plug it in again, ``up``: connections see nothing but silence."""
-        _ip("-n", SWITCH, "link", "set", f"to-{self.name}", state)
+        _ip("-n", self.switch, "link", "set", f"to-{self.name}", state)
 
 
 @contextmanager
 def network(count: int, folder: Path) -> Iterator[list[Host]]:
-    """So many hosts on one switch."""
+    """So many hosts on one switch; networks of several processes do not see each other."""
+    switch = f"switch-{os.getpid()}"
     addresses = {f"host{number}": f"10.77.0.{number}" for number in range(1, count + 1)}
     names = folder / "hosts"
     names.write_text("".join(f"{at} {name}\n" for name, at in {"localhost": "127.0.0.1", **addresses}.items()))
     running: list[subprocess.Popen[bytes]] = []
     try:
-        _ip("netns", "add", SWITCH)
-        _ip("-n", SWITCH, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", SWITCH, "link", "set", "bridge", "up")
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
         hosts = []
         for name, address in addresses.items():
-            running.append(_plug_in(name, address, names))
-            hosts.append(Host(name, address, _init(running[-1].pid)))
+            running.append(_plug_in(name, address, switch, names))
+            hosts.append(Host(name, address, _init(running[-1].pid), switch))
         yield hosts
     finally:
         for process in running:
             process.kill()
             process.wait()
-        for name in [*addresses, SWITCH]:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        for space in [*(_space(switch, name) for name in addresses), switch]:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
 
 @contextmanager
@@ -120,15 +121,23 @@ def signal_inside(process: subprocess.Popen[bytes], number: int) -> None:
         child.send_signal(number)
 
 
-def _plug_in(name: str, address: str, names: Path) -> subprocess.Popen[bytes]:
-    _ip("netns", "add", name)
-    _ip("-n", SWITCH, "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
-    _ip("-n", SWITCH, "link", "set", f"to-{name}", "master", "bridge", "up")
-    _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+def _plug_in(name: str, address: str, switch: str, names: Path) -> subprocess.Popen[bytes]:
+    space = _space(switch, name)
+    _ip("netns", "add", space)
+    _ip("-n", switch, "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", space)
+    _ip("-n", switch, "link", "set", f"to-{name}", "master", "bridge", "up")
+    _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
     for device in ("lo", "eth0"):
-        _ip("-n", name, "link", "set", device, "up")
+        _ip("-n", space, "link", "set", device, "up")
     boot = ["bash", "-ec", BOOT.format(name=name, names=names)]
-    return subprocess.Popen(["ip", "netns", "exec", name, "unshare", *UNSHARED, *boot], start_new_session=True)
+    # It ends with this process, however that ends.
+    entered = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", space, "unshare", *UNSHARED, *boot]
+    return subprocess.Popen(entered, start_new_session=True)
+
+
+def _space(switch: str, name: str) -> str:
+    """The namespace of a host."""
+    return f"{switch}-{name}"
 
 
 def _init(outer: int) -> int:

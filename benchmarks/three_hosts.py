@@ -1,9 +1,9 @@
 """Three hosts with addresses of their own: train over them, serve from them, call between them; one is cut off twice.
 
 The hosts are network namespaces of this machine (`benchmarks.hosts`): it needs root. A ZeRO-3 run over all three (gloo
-over their cables) loses one when its cable is pulled, goes on with two, takes it back, and is held against the same run
-left in peace. What it has published is then served by a replica on each host, and called from the second while the
-third is cut off once more.
+over their cables) loses one when its cable is pulled, goes on with two, takes it back, and is stopped some steps later;
+another run is left in peace up to the same step. What the first one published is then served by a replica on each host,
+and called from the second while the third is cut off once more.
 
 The bars: the finished weights are those of the run in peace, to 1e-5; every request ends within the time that it has;
 none fails that was sent after that time had passed since the cut.
@@ -31,7 +31,9 @@ from benchmarks.endpoint import MODEL, Outcome, client, request
 from benchmarks.hosts import RAY_PORT, Host, missing, network, ray_cluster, signal_inside
 from benchmarks.recovery import weights_difference
 from benchmarks.report import Bar, report
+from raymodels.checkpoint.layout import open_checkpoint
 from raymodels.config import Config, load
+from raymodels.errors import Stopped
 
 ROOT = Path(__file__).parents[1]
 CLI = str(Path(sys.executable).parent / "raymodels")
@@ -39,7 +41,8 @@ HTTP_PORT = 8000
 DEADLINE_S = 30.0
 SLACK_S = 5.0
 PER_S = 4
-LONGEST_S = 600.0
+LONGEST_S = 300.0
+FOR_EVER = 100_000  # steps: a host takes the time that it takes to come back, whatever a step takes
 # How soon a cluster believes that a host is gone; Ray's own defaults take about a minute.
 NOTICE = {f"RAY_health_check_{name}": value for name, value in {"period_ms": "1000", "timeout_ms": "3000"}.items()}
 Event = dict[str, Any]
@@ -54,10 +57,11 @@ def overrides(folder: Path, name: str, steps: int) -> list[str]:
             f"data.prepared={folder}/prepared",
             f"registry={folder}/registry",
         ],
-        *[f"data.source={stdlib}/asyncio/*.py", "data.eval_fraction=0.2", "data.seq_len=64", f"publish.name={MODEL}"],
+        *[f"data.source={stdlib}/asyncio/*.py", "data.eval_fraction=0.2", "data.seq_len=64", f"publish.name={name}"],
         *["model.hidden_size=64", "model.layers=2", "model.heads=4", "train.global_batch=6", "train.micro_batch=1"],
         *[
             f"train.steps={steps}",
+            "train.schedule=constant",
             "train.report_every=1",
             "checkpoint.every=10",
             f"eval.every={steps}",
@@ -68,19 +72,14 @@ def overrides(folder: Path, name: str, steps: int) -> list[str]:
 
 
 class Run:
-    """A run on the first host, by the command that a user would type."""
+    """A run on the first host, by the command that a user would type. It publishes by its own name."""
 
     def __init__(self, host: Host, folder: Path, name: str, steps: int, env: dict[str, str]) -> None:
         settings = overrides(folder, name, steps)
         self.config: Config = load(ROOT / "jobs/configs/demo.yaml", settings)
-        command = [
-            CLI,
-            "train",
-            str(ROOT / "jobs/configs/demo.yaml"),
-            *[x for each in settings for x in ("--set", each)],
-        ]
-        self.log = folder / f"{name}.log"
-        self.process = host.start(command, self.log, env)
+        self.told = [str(ROOT / "jobs/configs/demo.yaml"), *[x for each in settings for x in ("--set", each)]]
+        self.log, self.host, self.env = folder / f"{name}.log", host, env
+        self.process = host.start([CLI, "train", *self.told], self.log, env)
 
     def events(self, kind: str) -> list[Event]:
         try:
@@ -94,44 +93,52 @@ class Run:
         """The newest report, once it is such a one."""
         deadline = time.monotonic() + LONGEST_S
         while not ((reports := self.events("report")) and holds(reports[-1])):
-            if self.process.poll() not in (None, 0) or time.monotonic() > deadline:
-                sys.exit(f"{self.config.run.name} failed or hangs:\n{self.log.read_text()[-6000:]}")
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{self.config.run.name} ended or hangs:\n{self.log.read_text()[-6000:]}")
             time.sleep(0.2)
         return reports[-1]
 
-    def wait(self) -> None:
-        if self.process.wait(LONGEST_S) != 0:
+    def wait(self, code: int = 0) -> None:
+        if self.process.wait(LONGEST_S) != code:
             sys.exit(f"{self.config.run.name} failed:\n{self.log.read_text()[-6000:]}")
+
+    def stop(self) -> None:
+        """As Kubernetes does: what it has done is committed."""
+        signal_inside(self.process, signal.SIGTERM)
+        self.wait(Stopped.exit_code)
+
+    def publish(self) -> None:
+        self.process = self.host.start([CLI, "models", "publish", *self.told], self.log, self.env)
+        self.wait()
 
 
 def train_through(hosts: list[Host], folder: Path, steps: int, env: dict[str, str]) -> tuple[list[Event], float]:
     """Rows of what happened, and how far the weights are from those of a run in peace."""
-    peace = Run(hosts[0], folder, "peace", steps, env)
-    peace.wait()
-    run, third = Run(hosts[0], folder, "cut", steps, env), hosts[2]
-    before = run.until(lambda report: report["step"] >= steps // 4)
+    run, third = Run(hosts[0], folder, MODEL, FOR_EVER, env), hosts[2]
+    run.until(lambda report: report["step"] >= steps and report["world_size"] == 3)
     third.cable("down")
     start = time.monotonic()
-    after = run.until(lambda report: report["world_size"] == 2)
+    run.until(lambda report: report["world_size"] == 2)
     rows = [{"what": "cut off in training", "workers": 2, "seconds": time.monotonic() - start}]
-    rows[-1]["steps redone"] = max(0, run_step(run, 3) + 1 - after["step"])
-    run.until(lambda report: report["step"] >= max(before["step"], after["step"]) + 5)
+    rows[0]["steps redone"] = redone = steps_redone(run)
+    run.until(lambda report: report["step"] >= steps + redone + 10)
     third.cable("up")
     start = time.monotonic()
-    run.until(lambda report: report["world_size"] == 3)
+    back = run.until(lambda report: report["world_size"] == 3)
     rows.append({"what": "back in training", "workers": 3, "seconds": time.monotonic() - start, "steps redone": 0})
-    run.wait()
+    run.until(lambda report: report["step"] >= back["step"] + 10)
+    run.stop()
+    run.publish()
+    peace = Run(hosts[0], folder, "peace", open_checkpoint(run.config.place).step, env)
+    peace.wait()
     return rows, weights_difference(run.config, peace.config)
 
 
-def run_step(run: Run, world_size: int) -> int:
-    """The last step of the first stretch with so many workers."""
-    last = 0
-    for event in run.events("report"):
-        if event["world_size"] != world_size:
-            break
-        last = event["step"]
-    return last
+def steps_redone(run: Run) -> int:
+    """How many steps those with a worker less did once more."""
+    reports = run.events("report")
+    first = next(at for at, report in enumerate(reports) if report["world_size"] == 2)
+    return int(reports[first - 1]["step"] + 1 - reports[first]["step"])
 
 
 def serve_through(
@@ -163,7 +170,7 @@ def serve_through(
     hosts[2].cable("down")
     time.sleep(DEADLINE_S + 15)
     hosts[2].cable("up")
-    time.sleep(30)
+    time.sleep(15)
     signal_inside(caller, signal.SIGTERM)
     if caller.wait(120) != 0:
         sys.exit(f"the caller failed:\n{(folder / 'call.log').read_text()[-4000:]}")
@@ -215,7 +222,7 @@ async def call(url: str, found: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--quick", action="store_true", help="fewer steps before the cut")
     parser.add_argument("--call", nargs=2, metavar=("URL", "FILE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.call:
@@ -238,7 +245,7 @@ def main() -> int:
                 "PYTHONPATH": str(ROOT),
             }
             with ray_cluster(hosts, folder, 1, env):
-                steps = 60 if asked.quick else 160
+                steps = 10 if asked.quick else 100  # before the cut
                 trained, difference = train_through(hosts, folder, steps, env)
                 served, outcomes, cut = serve_through(hosts, folder, env)
     late = [outcome for sent, outcome in outcomes if sent >= cut + DEADLINE_S]
