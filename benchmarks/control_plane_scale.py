@@ -56,9 +56,10 @@ from raymodels.serve.routing import Route, Routes
 from raymodels.serve.scaling import ServePolicy
 from raymodels.serve.schema import Refused
 from raymodels.serve.tenants import Tenants, hashed
+from raymodels.train.heartbeat import Beat
 from raymodels.train.stacks import Stack
 from raymodels.train.verdict import Bounds, accuse, overdue, slow_ranks
-from raymodels.train.watch import POLL_SECONDS
+from raymodels.train.watch import POLL_SECONDS, RayNodes
 
 LINEAR, CONSTANT = 25.0, 3.0
 
@@ -335,19 +336,50 @@ def decisions(folder: Path, small: bool) -> list[Part]:
 # The watch.
 
 
+class Answering:
+    """In a sentry's place: Ray's calls are measured, not the reading of files."""
+
+    def __init__(self) -> None:
+        self._beats = beats(8)
+
+    def beats(self) -> list[Beat]:
+        return self._beats
+
+
+class Posted(RayNodes):
+    """As many nodes as are asked for, of which a few actors answer."""
+
+    def __init__(self, actors: list[Any], count: int) -> None:
+        super().__init__("")
+        self._sentries = {str(node): actors[node % len(actors)] for node in range(count)}
+
+    def _post_sentries(self) -> None:
+        pass
+
+
+def sentries(folder: Path, small: bool) -> list[Part]:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        actors = [ray.remote(num_cpus=0)(Answering).remote() for _ in range(4)]
+        ray.get([actor.beats.remote() for actor in actors])  # they are up
+        cost = [best(Posted(actors, nodes).beats) for nodes in (100, 1000)]
+    finally:
+        ray.shutdown()
+    return [Part("watch_ask", "1,000 nodes", cost, POLL_SECONDS, LINEAR, "its period")]
+
+
 def verdicts(folder: Path, small: bool) -> list[Part]:
-    looks, found, received = [], [], []
+    looks, found = [], []
     stack = Stack(problem="none")
     for ranks in (800, 8000):
         well = beats(ranks)
         looks.append(best(lambda b: (slow_ranks(b), overdue(b, Bounds())), well))
-        answers = [pickle.dumps(well[node : node + 8]) for node in range(0, ranks, 8)]
-        received.append(best(lambda a: list(map(pickle.loads, a)), answers))
         hung = beats(ranks, phase="data", marks=400)
         stacks = dict.fromkeys(range(ranks), stack)
         found.append(best(lambda b, s: named(accuse(b, s, Bounds())), hung, stacks))
     return [
-        Part("watch_receive", "1,000 nodes' answers", received, POLL_SECONDS, LINEAR, "its period"),
         Part("watch_look", "8,000 ranks", looks, POLL_SECONDS, LINEAR, "its period"),
         Part("watch_verdict", "8,000 ranks", found, 2.0, LINEAR, "of the 10 s it has"),
     ]
@@ -380,7 +412,7 @@ def planners(folder: Path, small: bool) -> list[Part]:
     return [Part("planner", "512 nodes", cost, 30.0, CONSTANT, "a start-up's part")]
 
 
-PARTS = (registries, records, checkpoints, restores, gateways, keys, queues, decisions, verdicts, planners)
+PARTS = (registries, records, checkpoints, restores, gateways, keys, queues, decisions, sentries, verdicts, planners)
 
 
 def main() -> int:

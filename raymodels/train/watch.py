@@ -85,9 +85,9 @@ class RayNodes:
             if node not in self._asked:
                 self._asked[node] = sentry.beats.remote()
         answered, _ = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_SECONDS)
-        now = time.monotonic()
+        there, now = set(answered), time.monotonic()
         for node, promise in list(self._asked.items()):
-            if promise in answered:
+            if promise in there:
                 del self._asked[node]
                 try:
                     self._known[node] = (now, ray.get(promise))
