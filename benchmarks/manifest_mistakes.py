@@ -56,6 +56,7 @@ BALANCER = made(
     "dashboard",
     spec={"type": "LoadBalancer", "selector": {"ray.io/node-type": "head"}, "ports": [{"port": 8265}]},
 )
+RESOURCES, REPLICAS = ("requests", "limits"), ("replicas", "minReplicas", "maxReplicas")
 V2_ENV = {"name": "RAY_enable_autoscaler_v2", "value": "1"}
 TOKEN_ENV = {"name": "RAY_AUTH_TOKEN", "value": "x"}
 REDIS_ENV = {"name": "REDIS_PASSWORD", "value": "x"}
@@ -210,10 +211,35 @@ MISTAKES = [
     ),
     Mistake("GPUs without a toleration", "gpu-toleration", {f"{TRAIN_POD}.tolerations": REMOVED}),
     Mistake(
+        "a toleration that lets pods stay, not come",
+        "gpu-toleration",
+        {f"{TRAIN_POD}.tolerations": [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoExecute"}]},
+    ),
+    Mistake(
         "shared memory above the limit", "shared-memory-fits", {f"{SERVE_POD}.volumes[1].emptyDir.sizeLimit": "65Gi"}
     ),
     Mistake("no quantity", "quantity-form", {f"{TRAINER}.resources.limits.cpu": "72 cores"}),
     Mistake("a toleration's wrong effect", "value-unknown", {f"{TRAIN_POD}.tolerations[0].effect": "NoSchedul"}),
+    Mistake(
+        "Ray's default object store",
+        "store-fits",
+        {f"{SERVE_WORKERS}.rayStartParams": {}},
+        f"{SERVE_WORKERS}.rayStartParams.object-store-memory",
+        overlay="overlays/local",
+    ),
+    Mistake(
+        "eight nodes in the quota of four",
+        "quota-fits",
+        {f"{TRAIN_WORKERS}.{key}": 8 for key in REPLICAS},
+        "ClusterQueue/raymodels spec.resourceGroups[0].flavors[1].resources[2].nominalQuota",
+        overlay="overlays/production-multi-node",
+    ),
+    Mistake(
+        "a device that the queue does not cover",
+        "quota-fits",
+        {f'{TRAINER}.resources.{key}["rdma/shared"]': "1" for key in RESOURCES},
+        "ClusterQueue/raymodels spec.resourceGroups",
+    ),
     # The project
     Mistake("version skew of rayVersion", "ray-version", {f"{SERVE}.rayVersion": "2.59.0"}),
     Mistake(
@@ -310,6 +336,13 @@ MISTAKES = [
     ),
     Mistake("requests through the head", "head-is-not-served", {f"{SERVICE}.excludeHeadPodFromServeSvc": False}),
     Mistake("a budget taken out", "disruption-budget-missing", {"PodDisruptionBudget/serve-head": REMOVED}, SERVE_HEAD),
+    Mistake(
+        "eight nodes in the budget of four",
+        "budget-of-gang",
+        {f"{TRAIN_WORKERS}.{key}": 8 for key in REPLICAS},
+        "PodDisruptionBudget/train spec.minAvailable",
+        overlay="overlays/production-multi-node",
+    ),
     Mistake("a budget in percent", "budget-form", {"PodDisruptionBudget/serve-replicas spec.minAvailable": "50%"}),
     Mistake("replicas that are not spread", "topology-spread", {f"{SERVE_POD}.topologySpreadConstraints": REMOVED}),
     Mistake("root", "pod-security", {f"{TRAIN_POD}.securityContext.runAsNonRoot": False}),
@@ -330,6 +363,27 @@ MISTAKES = [
         "open-policy",
         {"NetworkPolicy/from-operator spec.ingress[0].from": REMOVED},
         "NetworkPolicy/from-operator spec.ingress[0].ports[0].port",
+    ),
+    Mistake(
+        "a policy for every address",
+        "open-policy",
+        {"NetworkPolicy/from-operator spec.ingress[0].from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]},
+        "NetworkPolicy/from-operator spec.ingress[0].ports[0].port",
+    ),
+    Mistake(
+        "a policy for every namespace",
+        "open-policy",
+        {"NetworkPolicy/from-operator spec.ingress[0].from": [{"namespaceSelector": {}}]},
+        "NetworkPolicy/from-operator spec.ingress[0].ports[0].port",
+    ),
+    Mistake(
+        "a range of ports with the dashboard's",
+        "open-policy",
+        {"NetworkPolicy/from-callers spec.ingress[0]": {"ports": [{"port": 8000, "endPort": 9000}]}},
+        "NetworkPolicy/from-callers spec.ingress[0].ports[0].endPort",
+    ),
+    Mistake(
+        "an endpoint that asks for no key", "endpoint-open", {f"{CONFIG}.http": REMOVED}, f"{CONFIG}.http.keys_file"
     ),
     Mistake(
         "the dashboard behind a load balancer",
@@ -367,5 +421,14 @@ MISTAKES = [
         "fabric-settings",
         {f"{TRAIN_POD}.containers[0].env": [{"name": "NCCL_DEBUG", "value": "WARN"}]},
         overlay="overlays/production-multi-node",
+    ),
+    Mistake(
+        "RDMA, and NCCL by TCP",
+        "fabric-settings",
+        {
+            f"{TRAINER}.env": [{"name": name, "value": "x"} for name in ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")],
+            'Namespace/raymodels metadata.annotations["raymodels/profile"]': "production",
+        },
+        overlay="overlays/multi-node-roce",
     ),
 ]

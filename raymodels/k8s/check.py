@@ -40,7 +40,7 @@ SET_RULES = (
     *project.SET_RULES,
     *serving.SET_RULES,
 )
-PRODUCTION_RULES = (*production.SET_RULES, *exposure.PRODUCTION_RULES)
+PRODUCTION_RULES = (*production.SET_RULES, *exposure.PRODUCTION_RULES, *serving.PRODUCTION_RULES)
 
 
 @dataclass(frozen=True, order=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from raymodels.k8s.manifests import ManifestSet, Place, Problems
 from raymodels.k8s.selectors import monitored, selects
-from raymodels.k8s.workloads import clusters, pods
+from raymodels.k8s.workloads import JOBS, clusters, pods
 
 # The dashboard with the jobs API, the Ray client, GCS: whoever reaches them runs code in the cluster.
 PRIVATE_PORTS = {8265: "dashboard", 10001: "client", 6379: "gcs-server"}
@@ -80,6 +80,19 @@ def budget_form(manifests: ManifestSet) -> Problems:
             yield spec.at("minAvailable"), "must be a number for Ray's pods, which have no scale to take a part of"
 
 
+def budget_of_gang(manifests: ManifestSet) -> Problems:
+    """A gang that loses one pod starts again from its last commit: a drain must not take any."""
+    for document in manifests.kinds("PodDisruptionBudget"):
+        chosen = [pod for pod in pods(manifests) if selects(document.at("spec", "selector"), pod.labels)]
+        owners = {pod.document for pod in chosen}
+        if len(owners) != 1 or not all(pod.cluster and pod.cluster.kind in JOBS for pod in chosen):
+            continue
+        least, count = document.at("spec", "minAvailable"), sum(pod.count for pod in chosen)
+        if isinstance(least.value, int) and least.value != count:
+            [owner] = owners
+            yield least, f"is {least.value}, and it selects {count} pods of {owner.kind}/{owner.name}: set {count}"
+
+
 def network_policy_missing(manifests: ManifestSet) -> Problems:
     policies = manifests.kinds("NetworkPolicy")
     for pod in pods(manifests):
@@ -96,17 +109,37 @@ def _types(policy: Place) -> list[str]:
 
 
 def open_policy(manifests: ManifestSet) -> Problems:
-    """An ingress rule without `from` lets everybody in to the private ports."""
+    """An ingress rule that names nobody lets everybody in to the private ports."""
     for policy in manifests.kinds("NetworkPolicy"):
         for rule in policy.at("spec").each("ingress"):
-            if rule.at("from").value:
+            if rule.at("from").value and not any(_anybody(peer) for peer in rule.each("from")):
                 continue
             ports = list(rule.each("ports"))
             if not ports:
                 yield rule, "lets everybody in to every port: say from whom, and to which ports"
             for port in ports:
-                if port.at("port").value in PRIVATE_PORTS.keys() | PRIVATE_NAMES:
-                    yield port.at("port"), f"lets everybody in to {port.at('port').value}: say from whom"
+                yield from _opened(port)
+
+
+def _anybody(peer: Place) -> bool:
+    """All addresses, or all pods of all namespaces."""
+    every_pod = peer.at("namespaceSelector").value == {} and not peer.at("podSelector").value
+    return every_pod or str(peer.at("ipBlock", "cidr").value).endswith("/0")
+
+
+def _opened(port: Place) -> Problems:
+    """The private ports within an entry of a rule: a port, a range, or all of a protocol."""
+    first, last = port.at("port"), port.at("endPort")
+    if port.at("protocol").value not in (None, "TCP"):
+        return
+    if not first:
+        yield port, "lets everybody in to every port: say from whom, and to which port"
+    elif last:
+        within = [str(number) for number in sorted(PRIVATE_PORTS) if first.value <= number <= last.value]
+        if within:
+            yield last, f"lets everybody in to {', '.join(within)}: say from whom"
+    elif first.value in PRIVATE_PORTS.keys() | PRIVATE_NAMES:
+        yield first, f"lets everybody in to {first.value}: say from whom"
 
 
 def monitor_missing(manifests: ManifestSet) -> Problems:
@@ -137,5 +170,5 @@ def _alerts(manifests: ManifestSet) -> Iterator[Place]:
             yield from (rule for rule in group.each("rules") if rule.at("alert"))
 
 
-SET_RULES = (public_service, head_service_type, public_route, budget_form, open_policy)
+SET_RULES = (public_service, head_service_type, public_route, budget_form, budget_of_gang, open_policy)
 PRODUCTION_RULES = (network_policy_missing, monitor_missing, alerts_missing, alert_remedy)

@@ -13,7 +13,7 @@ from raymodels.k8s.workloads import JOBS, Pod, clusters, environment, jobs, pods
 DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
 SECRET = re.compile(r"(.*_)?(TOKEN|PASSWORD|PASSWD|SECRET|ACCESS_KEY|API_KEY)")
 # What NCCL needs to be told beside the devices; without it, it falls back to TCP and says so only in its log.
-FABRICS = {"vpc.amazonaws.com/efa": "FI_PROVIDER", "rdma/": "NCCL_IB_HCA"}
+FABRICS = {"vpc.amazonaws.com/efa": ["FI_PROVIDER"], "rdma/": ["NCCL_IB_HCA", "NCCL_NET"]}
 
 
 def fixed_gang(manifests: ManifestSet) -> Problems:
@@ -259,11 +259,13 @@ def fabric_settings(manifests: ManifestSet) -> Problems:
             limits, told = container.at("resources", "limits"), environment(container)
             several = amount(limits.at("nvidia.com/gpu").value) and (group.at("replicas").value or 0) > 1
             wanted = ["NCCL_SOCKET_IFNAME"] if several else []
-            for limit in limits.each():
-                wanted += [env for device, env in FABRICS.items() if str(limit.path[-1]).startswith(device)]
+            for device, names in FABRICS.items():
+                wanted += names if any(str(limit.path[-1]).startswith(device) for limit in limits.each()) else []
             for name in wanted:
                 if name not in told:
                     yield container.at("env"), f"{name} is not set: NCCL may take another way than the pods' fabric"
+                elif name == "NCCL_NET" and not str(told[name].at("value").value).startswith("IB"):
+                    yield told[name].at("value"), "leaves the devices idle: set IB, and NCCL fails where it cannot"
 
 
 SET_RULES = (

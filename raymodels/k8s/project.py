@@ -19,12 +19,14 @@ import raymodels
 from raymodels.config import Config, ServeConfig, load
 from raymodels.errors import ConfigError
 from raymodels.k8s.manifests import ManifestSet, Place, Problems
-from raymodels.k8s.mounted import FLEETING, claim_of, config_text, images, in_image, mount_of
+from raymodels.k8s.mounted import APP, FLEETING, claim_of, config_text, images, in_image, mount_of
 from raymodels.k8s.quantities import amount
 from raymodels.k8s.workloads import Cluster, clusters, pods, ray_container
 
-# [REGISTRY/]raymodels:0.1.0-ray2.60.0-cpu[@sha256:...]
-OURS = re.compile(r"(?:.*/)?raymodels:(?P<version>[^@-]+)-ray(?P<ray>[0-9.]+)-(?P<flavour>cpu|cuda)(?:@.*)?")
+# [REGISTRY/]raymodels:0.1.0-ray2.60.0-cpu[-20261130][@sha256:...]
+OURS = re.compile(
+    r"(?:.*/)?raymodels:(?P<version>[^@-]+)-ray(?P<ray>[0-9.]+)-(?P<flavour>cpu|cuda)(?:-[\w.-]+)?(?:@.*)?"
+)
 OUR_NAME = re.compile(r"(.*/)?raymodels([:@].*)?")
 RAYS = re.compile(r"(?:.*/)?ray(?:-[a-z]+)?:(?P<ray>[0-9]+\.[0-9]+\.[0-9]+[0-9a-z]*)(?:[-@].*)?")
 TRAINING, SERVING = ("train.py", "evaluate.py", "prepare.py"), "serve.py"
@@ -34,7 +36,7 @@ SINGLE_NODE = "raymodels/single-node"
 
 @dataclass(frozen=True)
 class Entry:
-    """A RayJob's command, taken apart: ``python SCRIPT CONFIG [--set a.b=c]...``."""
+    """A RayJob's command, taken apart: ``python SCRIPT CONFIG [--set a.b=c]...`` or ``raymodels train ...``."""
 
     cluster: Cluster
     place: Place
@@ -56,7 +58,7 @@ def image_form(manifests: ManifestSet) -> Problems:
     for image in images(manifests):
         told = OURS.fullmatch(str(image.value))
         if OUR_NAME.fullmatch(str(image.value)) and told is None:
-            yield image, f"{image.value} is not raymodels:VERSION-rayVERSION-cpu|cuda: nobody can tell its Ray"
+            yield image, f"{image.value} is not raymodels:VERSION-rayVERSION-cpu|cuda[-DATE]: nobody can tell its Ray"
         elif told and told["version"] != raymodels.__version__:
             yield (
                 image,
@@ -106,10 +108,15 @@ def _jobs(manifests: ManifestSet) -> list[Cluster]:
 
 
 def _words(place: Place) -> list[str]:
+    """An entrypoint, word by word; what the command line does as the script of the same name in the script's words."""
     try:
-        return shlex.split(str(place.value or ""))
+        words = shlex.split(str(place.value or ""))
     except ValueError:
         return []
+    match words:
+        case ["raymodels", command, *rest] if f"{command}.py" in (*TRAINING, SERVING):
+            return ["python", f"{APP}/jobs/{command}.py", *rest]
+    return words
 
 
 def entrypoint_form(manifests: ManifestSet) -> Problems:

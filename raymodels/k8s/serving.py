@@ -213,6 +213,11 @@ def configs(manifests: ManifestSet) -> Iterator[tuple[Service, Place, ServeConfi
                 continue  # another rule's
 
 
+def _parsed(text: Place) -> Place:
+    """The text of a config as a place that its keys continue: the YAML of a ConfigMap's entry."""
+    return text.within(files.parse(str(text.value))) if text.path[0] == "data" else text
+
+
 def _config_arguments(service: Service) -> list[Place]:
     ours = [a for a in service.serve.each("applications") if a.at("import_path").value == OUR_APPLICATION]
     return [application.at("args", "config") for application in ours]
@@ -285,7 +290,7 @@ def _is_made(model: str, made: dict[str, str | None]) -> bool:
 
 def replicas_fit(manifests: ManifestSet) -> Problems:
     for service, text, config in configs(manifests):
-        raw = text.within(files.parse(str(text.value))) if text.path[0] == "data" else text
+        raw = _parsed(text)
         groups = service.cluster.workers
         for index, model in enumerate(config.models):
             if not any(_holds(group, model.cpus, model.gpus) for group in groups):
@@ -327,12 +332,21 @@ def drains(manifests: ManifestSet) -> Problems:
 def mounted_files(manifests: ManifestSet) -> Problems:
     """Files that the serve config names are on a volume of the pods."""
     for service, text, config in configs(manifests):
-        raw = text.within(files.parse(str(text.value))) if text.path[0] == "data" else text
+        raw = _parsed(text)
         for key in ("keys_file", "tls_cert", "tls_key"):
             path = getattr(config.http, key)
             groups = service.cluster.workers if path and posixpath.isabs(path) else []
             if groups and not any(mount_of(path, ray_container(g), g.at("template", "spec")) for g in groups):
                 yield raw.at("http", key), f"nothing is mounted at {path}: mount the Secret that has it"
+
+
+def endpoint_open(manifests: ManifestSet) -> Problems:
+    """Ray's token is asked for by its dashboard and its own ports, not by Serve's."""
+    for _, text, config in configs(manifests):
+        if config.http.keys_file is None:
+            raw = _parsed(text)
+            told = "is not set: whoever reaches the port may call; mount what `raymodels keys` wrote, and name it"
+            yield raw.at("http", "keys_file"), told
 
 
 SET_RULES = (
@@ -350,3 +364,4 @@ SET_RULES = (
     drains,
     mounted_files,
 )
+PRODUCTION_RULES = (endpoint_open,)

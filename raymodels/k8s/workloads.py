@@ -81,6 +81,8 @@ class Pod:
     cluster: Cluster | None = None
     role: str = "plain"
     """head, worker, submitter or plain."""
+    count: int = 1
+    """How many of it a worker group starts with."""
 
     @property
     def document(self) -> Document:
@@ -161,7 +163,8 @@ def _ray_pods(cluster: Cluster) -> Iterator[Pod]:
             left_out = role == "head" and cluster.document.at("spec", "excludeHeadPodFromServeSvc").value
             defaults["ray.io/serve"] = "false" if left_out else "true"
         own = _labels(group.at("template")) | (group.at("labels").value or {})
-        yield Pod(group.at("template", "spec"), defaults | own | fixed, cluster, role)
+        count = 1 if role == "head" else (group.at("replicas").value or 0) * (group.at("numOfHosts").value or 1)
+        yield Pod(group.at("template", "spec"), defaults | own | fixed, cluster, role, count)
 
 
 def _templates(place: Place) -> Iterator[Place]:

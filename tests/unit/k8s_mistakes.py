@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.k8s_set import IMAGE, REMOVED, container, made
+from tests.unit.k8s_set import EXTERNAL, IMAGE, REMOVED, container, made
 
 JOB, SERVICE = "RayJob/train spec", "RayService/serve spec"
 TRAIN, SERVE = f"{JOB}.rayClusterSpec", f"{SERVICE}.rayClusterConfig"
@@ -17,6 +17,38 @@ V2 = {"name": "RAY_enable_autoscaler_v2", "value": "1"}
 LONG = "a" * 48
 TRAIN_COMMAND = "python /app/jobs/train.py /app/jobs/configs/demo.yaml"
 SHARED = "--set run.storage=/mnt/shared/r --set data.prepared=/mnt/shared/p --set registry=/mnt/shared/registry"
+
+GPU_QUOTA = "ClusterQueue/pool spec.resourceGroups[0].flavors[0].resources[2]"
+
+
+def queued(gpus: int = 2, resources: tuple[str, ...] = ("cpu", "memory", "nvidia.com/gpu"), **more: Any) -> Any:
+    """The job in a queue of just its size: a head, two workers of a GPU each, the submitter."""
+    sizes = {"cpu": "13", "memory": "25Gi", "nvidia.com/gpu": str(gpus)}
+    quotas = [{"name": name, "nominalQuota": sizes[name]} for name in resources]
+    group = {"coveredResources": list(resources), "flavors": [{"name": "pool", "resources": quotas}]}
+    kueue = "kueue.x-k8s.io/v1beta2"
+    return {
+        'RayJob/train metadata.labels["kueue.x-k8s.io/queue-name"]': "training",
+        "local": made(kueue, "LocalQueue", "training", spec={"clusterQueue": "pool"}),
+        "queue": made(kueue, "ClusterQueue", "pool", spec={"resourceGroups": [group], **more}),
+        "flavor": made(kueue, "ResourceFlavor", "pool", spec={}),
+    }
+
+
+def budgeted(least: int) -> Any:
+    """A budget for the job's pods alone, which are three."""
+    label = {"app": "train"}
+    return {
+        f"{TRAIN}.headGroupSpec.template.metadata.labels": label,
+        f"{TRAIN_WORKERS}.template.metadata.labels": label,
+        "x": made(
+            "policy/v1",
+            "PodDisruptionBudget",
+            "gang",
+            spec={"minAvailable": least, "selector": {"matchLabels": label}},
+        ),
+    }
+
 
 # Rule, what is changed, and where it is found if that is not the first of what is changed.
 CASES: list[tuple[str, dict[str, Any], str | None]] = [
@@ -121,13 +153,13 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("reference-missing", {f"{SERVE_POD}.volumes[2].configMap.name": "x"}, None),
     (
         "reference-missing",
-        {'Namespace/raymodels metadata.annotations["raymodels/external"]': "GatewayClass/istio"},
+        {'Namespace/raymodels metadata.annotations["raymodels/external"]': "Secret/serve-keys GatewayClass/istio"},
         f"{SERVE}.gcsFaultToleranceOptions.redisPassword.valueFrom.secretKeyRef.name",
     ),
     ("reference-missing", {'RayJob/train metadata.labels["kueue.x-k8s.io/queue-name"]': "q"}, None),
     (
         "external-unused",
-        {'Namespace/raymodels metadata.annotations["raymodels/external"]': "Secret/redis GatewayClass/istio Secret/x"},
+        {'Namespace/raymodels metadata.annotations["raymodels/external"]': f"{EXTERNAL} Secret/x"},
         None,
     ),
     (
@@ -180,8 +212,17 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("requests-above-limits", {f"{TRAIN_POD}.containers[0].resources.requests.cpu": "4.5"}, None),
     ("accelerators-exact", {f'{TRAIN_POD}.containers[0].resources.requests["nvidia.com/gpu"]': "2"}, None),
     ("gpu-toleration", {f"{TRAIN_POD}.tolerations": []}, None),
+    (
+        "gpu-toleration",
+        {f"{TRAIN_POD}.tolerations[0]": {"key": "nvidia.com/gpu", "value": "present", "effect": "NoExecute"}},
+        f"{TRAIN_POD}.tolerations",
+    ),
     ("shared-memory-fits", {f"{TRAIN_POD}.volumes[1].emptyDir.sizeLimit": "8Gi"}, None),
     ("store-fits", {f'{TRAIN_WORKERS}.rayStartParams["object-store-memory"]': "9000000000"}, None),
+    ("store-fits", {f'{TRAIN_WORKERS}.rayStartParams["object-store-memory"]': "3000000000"}, None),
+    ("store-fits", {f'{TRAIN_WORKERS}.rayStartParams["object-store-memory"]': REMOVED}, None),
+    ("quota-fits", queued(gpus=1), f"{GPU_QUOTA}.nominalQuota"),
+    ("quota-fits", queued(resources=("cpu", "memory")), "ClusterQueue/pool spec.resourceGroups"),
     ("value-unknown", {f"{TRAIN_POD}.tolerations[0].effect": "NoSchedul"}, None),
     ("value-unknown", {f"{JOB}.submitterPodTemplate.spec.restartPolicy": "never"}, None),
     ("public-service", {"Service/web spec.type": "LoadBalancer", "Service/web spec.ports[0].targetPort": 8265}, None),
@@ -204,10 +245,23 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
         "PodDisruptionBudget/head spec.maxUnavailable",
     ),
     ("budget-form", {"PodDisruptionBudget/workers spec.minAvailable": "50%"}, None),
+    ("budget-of-gang", budgeted(4), "PodDisruptionBudget/gang spec.minAvailable"),
     (
         "open-policy",
         {"NetworkPolicy/within spec.ingress[0]": {"ports": [{"port": 8265}]}},
         "NetworkPolicy/within spec.ingress[0].ports[0].port",
+    ),
+    ("open-policy", {"NetworkPolicy/within spec.ingress[0]": {"from": [{"ipBlock": {"cidr": "::/0"}}]}}, None),
+    ("open-policy", {"NetworkPolicy/within spec.ingress[0]": {"from": [{"namespaceSelector": {}}]}}, None),
+    (
+        "open-policy",
+        {"NetworkPolicy/within spec.ingress[0]": {"ports": [{"port": 8000, "endPort": 9000}]}},
+        "NetworkPolicy/within spec.ingress[0].ports[0].endPort",
+    ),
+    (
+        "open-policy",
+        {"NetworkPolicy/within spec.ingress[0]": {"ports": [{"protocol": "TCP"}]}},
+        "NetworkPolicy/within spec.ingress[0].ports[0]",
     ),
     (
         "network-policy-missing",
@@ -272,7 +326,8 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("replicas-fit", {f"{CONFIG}.models[0].cpus": 8}, None),
     ("replicas-fit", {f"{SERVE_WORKERS}.maxReplicas": 1}, None),
     ("drains", {f"{SERVICE}.rayClusterDeletionDelaySeconds": 60}, None),
-    ("mounted-files", {f"{CONFIG}.http": {"keys_file": "/etc/keys/keys.yaml"}}, f"{CONFIG}.http.keys_file"),
+    ("mounted-files", {f"{CONFIG}.http.keys_file": "/etc/other/keys.yaml"}, None),
+    ("endpoint-open", {f"{CONFIG}.http": REMOVED}, f"{CONFIG}.http.keys_file"),
     ("fixed-gang", {f"{TRAIN_WORKERS}.maxReplicas": 4}, None),
     (
         "head-without-work",
@@ -337,6 +392,22 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
         "fabric-settings",
         {f'{TRAIN_POD}.containers[0].resources.limits["vpc.amazonaws.com/efa"]': "4"},
         f"{TRAIN_POD}.containers[0].env",
+    ),
+    (
+        "fabric-settings",
+        {
+            f'{TRAIN_POD}.containers[0].resources.limits["rdma/shared"]': "1",
+            f"{TRAIN_POD}.containers[0].env[1]": {"name": "NCCL_IB_HCA", "value": "mlx5"},
+        },
+        f"{TRAIN_POD}.containers[0].env",
+    ),
+    (
+        "fabric-settings",
+        {
+            f'{TRAIN_POD}.containers[0].resources.limits["rdma/shared"]': "1",
+            f"{TRAIN_POD}.containers[0].env[1]": {"name": "NCCL_NET", "value": "Socket"},
+        },
+        f"{TRAIN_POD}.containers[0].env[1].value",
     ),
 ]
 

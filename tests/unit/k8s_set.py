@@ -20,6 +20,8 @@ KEY = re.compile(r'\["([^"]+)"\]|\[(\d+)\]|([^.\[\]]+)')
 Json = dict[str, Any]
 
 IMAGE = f"raymodels:{raymodels.__version__}-ray{pinned_ray()}-%s@sha256:{'0' * 64}"
+EXTERNAL = "Secret/redis Secret/serve-keys GatewayClass/istio"
+STORE = {"object-store-memory": str(2**30)}
 CONFINED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -42,8 +44,9 @@ def ray_pod(account: str, name: str, gpus: int = 0, token: bool = False, **more:
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
     ]
     if account == "serve":
-        mounts.append({"name": "config", "mountPath": "/etc/raymodels"})
+        mounts += [{"name": "config", "mountPath": "/etc/raymodels"}, {"name": "keys", "mountPath": "/etc/keys"}]
         volumes.append({"name": "config", "configMap": {"name": "serve-config"}})
+        volumes.append({"name": "keys", "secret": {"secretName": "serve-keys"}})
     one = container(name, volumeMounts=mounts, ports=[{"name": "serve", "containerPort": 8000}])
     if gpus:
         one["env"] = [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}]
@@ -57,7 +60,7 @@ def ray_pod(account: str, name: str, gpus: int = 0, token: bool = False, **more:
 def train_job() -> Json:
     sets = [f"--set {key}=/mnt/shared/{name}" for key, name in (("run.storage", "runs"), ("data.prepared", "prepared"))]
     entrypoint = ["python /app/jobs/train.py /app/jobs/configs/demo.yaml", *sets, "--set registry=/mnt/shared/registry"]
-    worker = {"groupName": "workers", "replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayStartParams": {}}
+    worker = {"groupName": "workers", "replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayStartParams": dict(STORE)}
     return {
         "entrypoint": " ".join([*entrypoint, "--set workers.gpus=1"]),
         "submissionMode": "K8sJobMode",
@@ -70,7 +73,7 @@ def train_job() -> Json:
         "rayClusterSpec": {
             "rayVersion": pinned_ray(),
             "authOptions": {"mode": "token"},
-            "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": ray_pod("train", "ray-head")},
+            "headGroupSpec": {"rayStartParams": {"num-cpus": "0", **STORE}, "template": ray_pod("train", "ray-head")},
             "workerGroupSpecs": [{**worker, "template": ray_pod("train", "ray-worker", gpus=1)}],
         },
     }
@@ -91,7 +94,7 @@ def service() -> Json:
     }
     serve = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}
     redis = {"secretKeyRef": {"name": "redis", "key": "password"}}
-    worker = {"groupName": "replicas", "replicas": 1, "minReplicas": 1, "maxReplicas": 4, "rayStartParams": {}}
+    worker = {"groupName": "replicas", "replicas": 1, "minReplicas": 1, "maxReplicas": 4, "rayStartParams": dict(STORE)}
     head = ray_pod("serve", "ray-head", token=True, restartPolicy="Never")
     amounts = {"cpu": "500m", "memory": "512Mi"}
     return {
@@ -118,7 +121,7 @@ def service() -> Json:
                 "resources": {"requests": dict(amounts), "limits": dict(amounts)},
             },
             "gcsFaultToleranceOptions": {"redisAddress": "redis:6379", "redisPassword": {"valueFrom": redis}},
-            "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": head},
+            "headGroupSpec": {"rayStartParams": {"num-cpus": "0", **STORE}, "template": head},
             "workerGroupSpecs": [
                 {
                     **worker,
@@ -153,13 +156,13 @@ def alert() -> Json:
 
 def serve_config() -> str:
     model = {"model": "python-demo@prod", "cpus": 2, "autoscaling": {"max_replicas": 4}}
-    return yaml.safe_dump({"registry": "/mnt/shared/registry", "models": [model]}, sort_keys=False)
+    told = {"registry": "/mnt/shared/registry", "models": [model], "http": {"keys_file": "/etc/keys/keys.yaml"}}
+    return yaml.safe_dump(told, sort_keys=False)
 
 
 def good() -> list[Json]:
     """The objects of the set, new ones every time."""
-    external = "Secret/redis GatewayClass/istio"
-    notes = {"raymodels/profile": "production", "raymodels/external": external, "raymodels/feature-gates": "RayCronJob"}
+    notes = {"raymodels/profile": "production", "raymodels/external": EXTERNAL, "raymodels/feature-gates": "RayCronJob"}
     ray_pods = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
     within = {"podSelector": ray_pods, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": ray_pods}]}]}
     claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}

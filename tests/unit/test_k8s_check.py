@@ -19,8 +19,20 @@ from raymodels.k8s.check import Finding, broken_rules, check
 from raymodels.k8s.lines import locate
 from raymodels.k8s.manifests import written
 from raymodels.k8s.quantities import amount
-from tests.unit.k8s_mistakes import CASES, JOB, SCHEMA_CASES, SHARED, TRAIN_COMMAND, TRAIN_HEAD
-from tests.unit.k8s_set import CRDS, ROOT, as_set, container, edited, good, made, pod
+from tests.unit.k8s_mistakes import (
+    CASES,
+    CONFIG,
+    JOB,
+    SCHEMA_CASES,
+    SHARED,
+    TRAIN_COMMAND,
+    TRAIN_HEAD,
+    TRAIN_POD,
+    TRAIN_WORKERS,
+    budgeted,
+    queued,
+)
+from tests.unit.k8s_set import CRDS, EXTERNAL, IMAGE, REMOVED, ROOT, as_set, container, edited, good, made, pod
 
 RULES = (
     *checks.SET_RULES,
@@ -62,9 +74,10 @@ def test_the_checklist_is_not_for_local_sets() -> None:
     objects = edited(
         {
             f"{JOB}.backoffLimit": 0,
+            f"{CONFIG}.http": REMOVED,
             "Namespace/raymodels metadata.annotations": {
                 "raymodels/profile": "local",
-                "raymodels/external": "Secret/redis GatewayClass/istio",
+                "raymodels/external": EXTERNAL,
                 "raymodels/feature-gates": "RayCronJob",
             },
         }
@@ -111,6 +124,52 @@ def test_references_that_are_optional_need_not_exist() -> None:
     source = {"secretKeyRef": {"name": "x", "key": "y", "optional": True}}
     env = {f"{TRAIN_HEAD}.containers[0].env[0]": {"name": "X", "valueFrom": source}}
     assert not places(edited(env))
+
+
+GPU = {"key": "nvidia.com/gpu", "operator": "Exists"}
+STORE = f'{TRAIN_WORKERS}.rayStartParams["object-store-memory"]'
+POLICY = "NetworkPolicy/within spec.ingress[0]"
+ALLOWED = {
+    "another toleration first": {f"{TRAIN_POD}.tolerations": [{"operator": "Exists", "effect": "NoExecute"}, GPU]},
+    "a toleration of every effect": {f"{TRAIN_POD}.tolerations": [{**GPU, "effect": ""}]},
+    "a toleration with a value": {f"{TRAIN_POD}.tolerations": [{"key": GPU["key"], "value": "present"}]},
+    "an image with its date": {f"{TRAIN_HEAD}.containers[0].image": (IMAGE % "cpu").replace("@", "-20261130@")},
+    "the command line": {
+        f"{JOB}.entrypoint": f"raymodels train /app/jobs/configs/demo.yaml {SHARED} --set workers.gpus=1"
+    },
+    "a default store that fits": {STORE: REMOVED, f"{TRAIN_POD}.volumes[1].emptyDir.sizeLimit": "3Gi"},
+    "a budget of the whole gang": budgeted(3),
+    "a queue of the job's size": queued(),
+    "a queue that borrows": queued(gpus=0, cohortName="all"),
+    "a submitter that is no pod": {**queued(), f"{JOB}.submissionMode": "HTTPMode"},
+    "a range of other ports": {POLICY: {"ports": [{"port": 8000, "endPort": 8264}]}},
+    "pods of all namespaces, by label": {
+        POLICY: {"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prometheus"}}}]}
+    },
+    "addresses of a net": {POLICY: {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}},
+}
+
+
+@pytest.mark.parametrize("changes", ALLOWED.values(), ids=ALLOWED.keys())
+def test_what_is_allowed_is_not_found(changes: dict[str, Any]) -> None:
+    assert not places(edited(changes))
+
+
+def test_a_store_is_left_to_ray_where_its_memory_is_not_known() -> None:
+    changes = {STORE: REMOVED, f"{TRAIN_POD}.containers[0].resources.limits.memory": REMOVED}
+    assert "store-fits" not in {rule for rule, _ in places(edited(changes))}
+    alone = {STORE: REMOVED, f"{TRAIN_POD}.volumes[1].emptyDir.sizeLimit": REMOVED}
+    assert "store-fits" not in {rule for rule, _ in places(edited(alone))}
+
+
+@pytest.mark.parametrize("command", ["raymodels", "raymodels train", "raymodels doctor /app/jobs/configs/demo.yaml"])
+def test_what_is_no_command(command: str) -> None:
+    assert "entrypoint-form" in {rule for rule, _ in places(edited({f"{JOB}.entrypoint": command}))}
+
+
+def test_the_config_of_the_command_line_is_loaded() -> None:
+    command = f"raymodels train /app/jobs/configs/demo.yaml {SHARED} --set workers.gpu=1"
+    assert ("entrypoint-config", f"{JOB}.entrypoint") in places(edited({f"{JOB}.entrypoint": command}))
 
 
 @pytest.mark.parametrize(
