@@ -8,6 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: setup demo test test-fast bench-quick check lint clean
 
 QUICK := resume_matrix sample_exact kill_saves hang_naming planner_accuracy batch_resume replica_kill disconnects autoscale_replay
+QUICK += manifest_commands three_hosts
 
 setup: $(READY)
 
