@@ -1,14 +1,18 @@
-"""The direction of every dependency, read from the imports with `ast`."""
+"""The direction of every dependency, read from the imports with `ast`, and what the extras bring of other packages."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "raymodels"
@@ -110,3 +114,37 @@ for name in {LIGHT!r}:
 
 def test_no_module_is_named_for_nothing() -> None:
     assert not [path for path in FILES if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+# What each extra is for; what is imported only if another extra is there too.
+EXTRAS = {"train": ["train", "data", "checkpoint", "models", "submit"], "serve": ["serve", "batch"], "k8s": ["k8s"]}
+BESIDE = {"vllm", "matplotlib", "ray"}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_its_rooms_import(extra: str) -> None:
+    brought = closure(f"raymodels[{extra}]")
+    distributions = importlib.metadata.packages_distributions()
+    for path in (path for name in EXTRAS[extra] for path in (PACKAGE / name).rglob("*.py")):
+        for name in {module.partition(".")[0] for module in imports(path)} - sys.stdlib_module_names - BESIDE:
+            names = {canonicalize_name(each) for each in distributions.get(name, [])}
+            assert name == "raymodels" or names & brought, f"{path.name} imports {name}, which {extra} does not bring"
+
+
+def closure(requirement: str) -> set[str]:
+    """The names of all that pip would install with it."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    asked = [Requirement(requirement)]
+    while asked:
+        one = asked.pop()
+        key = (canonicalize_name(one.name), frozenset(one.extras))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # for another platform
+            needs = [] if key in seen else importlib.metadata.requires(one.name) or []
+            wanted = map(Requirement, needs)
+            asked += [
+                need
+                for need in wanted
+                if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *one.extras))
+            ]
+        seen.add(key)
+    return {name for name, _ in seen}
