@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,8 @@ ModelName = Annotated[str | None, typer.Option("--model", help="Default: the onl
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line on stderr."""
+    # An end from outside unwinds as Ctrl-C does, so that workers and endpoints are ended, as in `jobs`.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(prog_name="raymodels", standalone_mode=False))  # it returns the exit code
     except RaymodelsError as error:

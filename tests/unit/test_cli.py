@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,3 +217,12 @@ def test_a_shell_sees_the_code_and_one_line() -> None:
     command = [sys.executable, "-c", "from raymodels.cli import main; main()", "train", "none.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+def test_sigterm_unwinds_as_ctrl_c_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-c", "from raymodels.cli import main; main()", "complete", "x", "--url", url]
+        with subprocess.Popen(command) as process, silent.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 130
