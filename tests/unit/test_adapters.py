@@ -296,7 +296,8 @@ def test_vllm_computes_the_same(tiny_model_dir: Path, tmp_path: Path) -> None:
         "num_key_value_heads": 1,
     }  # of a size that it has kernels for
     model_dir = random_model(tmp_path / "model", tokenizer, initializer_range=0.15, **heads)
-    settings = {name: given | {"target_modules": ALL[:-1]} for name, given in KINDS["llama"].items()}
+    body = {"target_modules": ALL[:-1], "alpha_pattern": {r"model.layers.\d.mlp.*": 3}}  # vLLM adapts no lm_head
+    settings = {name: given | body for name, given in KINDS["llama"].items()}
     folders = {name: random_adapter(tmp_path / name, model_dir, **given) for name, given in settings.items()}
     config = EngineConfig(kind="vllm", max_batch=8, max_context=256)
     engine = open_engine(str(model_dir), config, 1, {name: str(folder) for name, folder in folders.items()})
