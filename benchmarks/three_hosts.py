@@ -199,7 +199,7 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    signal_inside(process, signal.SIGINT)
+    signal_inside(process, signal.SIGTERM)
     try:
         process.wait(60)
     except subprocess.TimeoutExpired:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models this small threads only wait for each other
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests that run beside them would starve Ray's workers
+# A shell that runs this in the background has it ignore Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIERS = ["unit", "e2e", "dist", "jobs", "cluster"]
 OPTIONAL = "vLLM is not installed"  # it is in an extra that nothing else needs; whatever other tests need, CI has

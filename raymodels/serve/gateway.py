@@ -160,7 +160,8 @@ class Gateway:
         self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
         self._described: dict[str, Description] = {}
-        self._watching = asyncio.get_running_loop().create_task(self._capacity.watch(self._admission.dispatch))
+        watches = (self._capacity.watch(self._admission.dispatch), self._routes.watch())
+        self._watching = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
         """Take over another ``table`` and its ``engines``, as JSON, while requests go on. Called by Ray Serve."""

@@ -9,8 +9,10 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 RETRIES = 3
 """How often a request is sent again whose replica died. A request that ends its replicas cannot end many."""
+WATCH_S = 2.0
+UNTAKEN_S, AFTERMATH_S = 5.0, 10.0
+"""What no replica has taken for so long is taken back, in so long after the death of a node: at most twice."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,32 @@ class Routes:
     table: dict[str, Route]
     bound: dict[str, Any] = field(default_factory=dict)
     wait_s: float = math.inf
+    _sent: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary, init=False)  # and when
+
+    async def watch(self) -> None:
+        """After the death of a node, send again what no replica has taken, until cancelled.
+
+        A node that is cut off closes no connection. Calls that its replicas had taken are given up by Serve, as it
+        forgets the replicas; for those on their way it goes on waiting.
+        """
+        dead, died = None, -math.inf
+        while True:
+            try:
+                before, dead = dead, await asyncio.to_thread(dead_nodes)
+            except Exception as error:
+                log.warning("cannot tell whether nodes have died: %s", error)
+            else:
+                now = asyncio.get_running_loop().time()
+                died = now if before is not None and dead - before else died
+                if now - died < AFTERMATH_S:
+                    self.take_back(now - UNTAKEN_S)
+            await asyncio.sleep(WATCH_S)
+
+    def take_back(self, sent_before: float) -> None:
+        """End the calls that were sent earlier and that no replica has taken, as if it had died."""
+        for response, sent in list(self._sent.items()):
+            if sent < sent_before and response._replica_result_future.cancel():
+                log.warning("a request that no replica takes is sent again: a node has died")
 
     async def describe(self, model: str, deadline: float) -> Description:
         """What serves a model name; raises as `ask`."""
@@ -73,7 +104,7 @@ class Routes:
         """
         handle = await self._handle(self._route(request.model).choose())
         asked = (request, waiting, self.adapter(request.model))
-        call = Call(lambda: handle.options(stream=True).generate.remote(*asked), deadline, self.wait_s)
+        call = Call(lambda: self._noted(handle.options(stream=True).generate.remote(*asked)), deadline, self.wait_s)
         try:
             await call.accept()
         except BaseException:
@@ -85,7 +116,7 @@ class Routes:
         """Call a method of a replica that answers once, again on another one where that dies; raises as `call`."""
         handle = await self._handle(self._route(model).choose())
         for retries in reversed(range(RETRIES + 1)):
-            response = getattr(handle, method).remote(*args)
+            response = self._noted(getattr(handle, method).remote(*args))
             try:
                 async with asyncio.timeout_at(deadline):
                     answer = await response
@@ -137,6 +168,10 @@ class Routes:
         """Raises `Refused`, 404, if there is no such model."""
         self._route(model)
 
+    def _noted(self, response: Any) -> Any:
+        self._sent[response] = asyncio.get_running_loop().time()
+        return response
+
     def _route(self, model: str) -> Route:
         if model not in self.table:
             message = f"there is no model {model!r} here: GET /v1/models lists those that you may call"
@@ -150,6 +185,11 @@ class Routes:
             except RayServeException as error:
                 raise _failed(error) from error
         return self.bound[application]
+
+
+def dead_nodes() -> set[str]:
+    """The ids of all nodes that the cluster has lost."""
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 class ReplicaLost(Refused):
@@ -277,7 +317,7 @@ class Call:
 
 
 def _given_up() -> bool:
-    """Whether it is our caller that has cancelled this; else Ray did, which lost the replica's node."""
+    """Whether it is our caller that has cancelled this; else Serve or `Routes.watch` did, whose node has died."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -81,7 +81,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         engines = {"m--v1": EngineConfig(max_batch=4, max_queue=8), "n--v1": EngineConfig(max_batch=4)}
         table = {"m": Route({"m--v1": 1.0}), "n": Route({"n--v1": 1.0})}
         gateway = plain(http, table, {"m--v1": LocalHandle(Script()), "n--v1": LocalHandle(Script())}, engines)
-        gateway._watching.cancel()  # there is no Serve to ask
+        for watching in gateway._watching:  # there is no Serve to ask
+            watching.cancel()
         monkeypatch.setattr(serve, "status", lambda: serve_status(["m--v1", "n--v1"]))
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
         for handler in logging.getLogger(LOGGER).handlers:

@@ -20,6 +20,7 @@ from raymodels.serve.schema import Problem, Refused, read_completion
 REQUEST = read_completion({"model": "m", "prompt": "x"})
 ONE, TWO = [Delta(0, "a", 1)], [Delta(0, "b", 2, finish="length")]
 LOST = ActorUnavailableError("gone", b"x" * 16)
+UNTAKEN = ["no replica takes it"]
 
 
 class Replicas:
@@ -48,13 +49,14 @@ class Replicas:
 class Items:
     def __init__(self, replicas: Replicas, script: list[Any]) -> None:
         self._replicas, self._items = replicas, played(script)
+        self._untaken = script == UNTAKEN
         self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def __aiter__(self) -> Items:
         return self
 
     async def __anext__(self) -> Any:
-        return await anext(self._items)
+        return await (self._replica_result_future if self._untaken else anext(self._items))
 
     def cancel(self) -> None:
         self._replicas.cancelled += 1
@@ -106,6 +108,41 @@ def test_an_unstarted_stream_is_sent_again(lost: BaseException, before: list[Any
     seen, replicas = play(streamed, [*before, lost], [*before, lost], [Accepted(3), ONE, TWO])
     assert seen == [ONE, TWO, 3, 2]
     assert (replicas.calls, replicas.cancelled) == (3, 0)
+
+
+def test_what_a_dead_node_has_not_taken_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = iter([{"long ago"}, {"long ago"}, {"long ago"}, *[{"long ago", "now"}] * 99])
+    monkeypatch.setattr("raymodels.serve.routing.dead_nodes", lambda: next(dead))
+    monkeypatch.setattr("raymodels.serve.routing.WATCH_S", 0.05)
+    monkeypatch.setattr("raymodels.serve.routing.UNTAKEN_S", 0.1)
+    replicas = Replicas(UNTAKEN, UNTAKEN, [Accepted(3), ONE, TWO])
+    routes = Routes({"m": Route({"m--v1": 1.0})}, {"m--v1": replicas})
+
+    async def main() -> list[Any]:
+        watching = asyncio.create_task(routes.watch())
+        seen = await streamed(await routes.call(REQUEST, asyncio.get_running_loop().time() + 5))
+        watching.cancel()
+        return seen
+
+    assert asyncio.run(main()) == [ONE, TWO, 3, 2]
+    assert replicas.calls == 3
+
+
+def test_what_waits_for_a_replica_waits_on_while_no_node_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymodels.serve.routing.dead_nodes", lambda: {"long ago"})
+    monkeypatch.setattr("raymodels.serve.routing.WATCH_S", 0.01)
+    monkeypatch.setattr("raymodels.serve.routing.UNTAKEN_S", 0.0)
+    replicas = Replicas(UNTAKEN)
+    routes = Routes({"m": Route({"m--v1": 1.0})}, {"m--v1": replicas})
+
+    async def main() -> None:
+        watching = asyncio.create_task(routes.watch())
+        with pytest.raises(Refused, match="in time"):
+            await routes.call(REQUEST, asyncio.get_running_loop().time() + 0.3)
+        watching.cancel()
+
+    asyncio.run(main())
+    assert replicas.calls == 1
 
 
 @pytest.mark.parametrize("taken", ["in this moment", "not yet", "in vain"])
