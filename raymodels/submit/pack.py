@@ -93,9 +93,9 @@ def tree_files(root: Path) -> Iterator[str]:
 
 
 def _ignored(name: str, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """The last rule that speaks of it decides, as in git: those of deeper folders come later."""
-    said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
-    return next((ignored for ignored in reversed(said) if ignored is not None), False)
+    """The last rule that speaks of it decides, as in git: those of deeper folders come later. None undoes `EXCLUDES`."""
+    always, *said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
+    return bool(always or next((ignored for ignored in reversed(said) if ignored is not None), False))
 
 
 def _check_size(working_dir: Path, files: list[str]) -> None:

@@ -61,6 +61,12 @@ def test_what_is_ignored_is_what_git_ignores(tmp_path: Path) -> None:
     assert set(tree_files(tmp_path)) == {".gitignore", ".rayignore", "a.log", "c/.gitignore", "c/keep.log"}
 
 
+def test_no_rule_brings_histories_back(tmp_path: Path) -> None:
+    write(tmp_path, **{".gitignore": "*\n!*/\n!*.py", ".git/hook.py": "x", "a/b.py": "x", "a/c": "x"})
+    write(tmp_path, **{"a/.gitignore": "!*", "a/__pycache__/d.py": "x", "runs/e.py": "x"})
+    assert set(tree_files(tmp_path)) == {"a/.gitignore", "a/b.py", "a/c"}
+
+
 def test_the_same_files_are_the_same_archive(tmp_path: Path) -> None:
     archives = []
     for number in range(2):
