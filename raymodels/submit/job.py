@@ -104,7 +104,7 @@ def submit(
         raise ConfigError(f"--id {asked.id!r}: give letters, digits, - and _, at most 100")
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "tree.zip"
-        pack(Path(working_dir), archive)
+        pack(Path(working_dir), archive, needed=shlex.split(entrypoint)[1:3])  # the script and its config
         tree = hashlib.sha256(archive.read_bytes()).hexdigest()
         name = asked.id or _derived_id(job, Path(config_path), [entrypoint, asked.entrypoint_options(), env, tree])
         cluster = connect(address, ca)

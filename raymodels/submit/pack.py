@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,18 +39,23 @@ NAMED = 5
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def pack(working_dir: Path, target: Path) -> int:
+def pack(working_dir: Path, target: Path, needed: Collection[str] = ()) -> int:
     """Write the files of a folder into a zip archive; its size in bytes.
 
     The same names, contents and modes make the same archive, so that a cluster that has it is not sent it again.
 
     Raises:
-        ConfigError: it is no folder, has a file that cannot be read, or is too large for a Ray cluster to take.
+        ConfigError: it is no folder, has a file that cannot be read, ignores one that is needed, or is too large for a
+            Ray cluster to take.
     """
     if not working_dir.is_dir():
         raise ConfigError(f"working_dir {working_dir} is not a folder")
     try:
         files = sorted(tree_files(working_dir))
+        if ignored := sorted({*needed} - {*files}):
+            raise ConfigError(
+                f"{', '.join(ignored)}: ignored in {working_dir}, and needed: see {' and '.join(IGNORE_FILES)}"
+            )
         _check_size(working_dir, files)
         _write(working_dir, files, target)
     except OSError as error:
@@ -93,7 +98,7 @@ def tree_files(root: Path) -> Iterator[str]:
 
 
 def _ignored(name: str, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """The last rule that speaks of it decides, as in git: those of deeper folders come later. None undoes `EXCLUDES`."""
+    """The last rule that speaks of it decides, as in git: those of deeper folders come later. The first always holds."""
     always, *said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
     return bool(always or next((ignored for ignored in reversed(said) if ignored is not None), False))
 

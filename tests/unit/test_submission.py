@@ -62,9 +62,15 @@ def test_what_is_ignored_is_what_git_ignores(tmp_path: Path) -> None:
 
 
 def test_no_rule_brings_histories_back(tmp_path: Path) -> None:
-    write(tmp_path, **{".gitignore": "*\n!*/\n!*.py", ".git/hook.py": "x", "a/b.py": "x", "a/c": "x"})
-    write(tmp_path, **{"a/.gitignore": "!*", "a/__pycache__/d.py": "x", "runs/e.py": "x"})
-    assert set(tree_files(tmp_path)) == {"a/.gitignore", "a/b.py", "a/c"}
+    write(tmp_path, **{".gitignore": "/*\n!/a/\n!/.git/\n!/runs/", ".git/config": "x", "runs/x": "x", "b": "x"})
+    write(tmp_path, **{"a/.gitignore": "!*", "a/__pycache__/c.pyc": "x", "a/d": "x"})
+    assert set(tree_files(tmp_path)) == {"a/.gitignore", "a/d"}
+
+
+def test_what_the_job_needs_is_not_ignored(tmp_path: Path) -> None:
+    write(tmp_path, **{".rayignore": "configs", "jobs/train.py": "x", "jobs/configs/a.yaml": "x"})
+    with pytest.raises(ConfigError, match=r"^jobs/configs/a.yaml: ignored in .*\.rayignore"):
+        pack.pack(tmp_path, tmp_path / "tree.zip", needed=["jobs/train.py", "jobs/configs/a.yaml"])
 
 
 def test_the_same_files_are_the_same_archive(tmp_path: Path) -> None:
