@@ -98,7 +98,7 @@ def tree_files(root: Path) -> Iterator[str]:
 
 
 def _ignored(name: str, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """The last rule that speaks of it decides, as in git: those of deeper folders come later. The first always holds."""
+    """The last rule that speaks of it decides, as in git: deeper folders' come later. The first always holds."""
     always, *said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
     return bool(always or next((ignored for ignored in reversed(said) if ignored is not None), False))
 

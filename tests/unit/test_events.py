@@ -88,6 +88,7 @@ def test_charts_that_storage_refuses_end_no_training_and_are_uploaded_later(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
 def test_a_full_disk_ends_no_training(tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
+    others = {*threading.enumerate()}
     with Events(str(tmp_path), heard.append) as events:
         events(report(5))
         [file] = (tmp_path / "tensorboard").iterdir()
@@ -96,6 +97,8 @@ def test_a_full_disk_ends_no_training(tmp_path: Path) -> None:
         events(report(6))
         with pytest.raises(OSError, match="No space left"):
             events._board._writer.flush()  # so that its thread has come upon it
+        for thread in {*threading.enumerate()} - others:
+            thread.join(10)  # else the next test would be told of its end
         events(report(7))
         events(report(8))
     assert [event["step"] for event in heard if event["kind"] == "report"] == [5, 6, 7, 8]
