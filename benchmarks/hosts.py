@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,14 @@ mount --bind {names} /etc/hosts
 exec sleep infinity
 """
 
+# What a host needs of the kernel, and of whoever allows it.
+PROBE = """
+hostname probe
+mount -t tmpfs tmpfs /dev/shm
+ip link add bridge type bridge
+ip link add one type veth peer name other
+"""
+
 
 def missing() -> str:
     """Why there can be no such hosts here; empty if there can."""
@@ -39,11 +46,16 @@ def missing() -> str:
     absent = [tool for tool in ("ip", "unshare", "nsenter", "setpriv", "mount") if shutil.which(tool) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: iproute2, util-linux)"
+    space = f"probe-{os.getpid()}"
     try:
-        with tempfile.TemporaryDirectory() as folder, network(1, Path(folder)):
-            return ""
-    except (subprocess.CalledProcessError, TimeoutError, psutil.NoSuchProcess) as error:
-        return f"network namespaces are not allowed here: {getattr(error, 'stderr', None) or error}".strip()
+        _ip("netns", "add", space)
+        _ip("netns", "del", space)
+        subprocess.run(
+            ["unshare", "--net", *UNSHARED, "bash", "-ec", PROBE], check=True, capture_output=True, text=True
+        )
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not allowed here: {error.stderr.strip()}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.hosts import Host, missing, network
+from benchmarks import hosts, pods
+from benchmarks.hosts import Host, network
 from benchmarks.pods import (
     AGENT_PORT,
     BASH,
@@ -280,8 +281,8 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 def main() -> int:
     steps = 20 if quick() else 100
-    why = missing() or ("" if shutil.which("kubectl") or shutil.which("kustomize") else "kubectl is not installed")
-    if why:
+    why = "" if shutil.which("kubectl") or shutil.which("kustomize") else "kubectl is not installed"
+    if why := why or hosts.missing() or pods.missing():
         print(f"skipped: {why}")
         return 0
     local, nightly = rendered("local"), rendered("production-nightly")

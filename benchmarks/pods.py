@@ -14,6 +14,7 @@ import json
 import math
 import os
 import posixpath
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,19 @@ def image_folder(folder: Path) -> Path:
         if step.name == "WORKDIR" or (step.name == "COPY" and not step.copied_stage):
             builder.step(step, image, {}, {})
     return Path(image.root + image.workdir)
+
+
+def missing() -> str:
+    """Why there can be no such pods on a host; empty if there can."""
+    if shutil.which("wget") is None:
+        return "wget is not installed"
+    probe = 'mount -t tmpfs tmpfs "$0"; mkdir "$0"/{upper,work,mnt}; mount -t overlay overlay -o "$1" "$0/mnt"'
+    with tempfile.TemporaryDirectory() as folder:
+        layers = f"lowerdir=/etc,upperdir={folder}/upper,workdir={folder}/work"
+        done = subprocess.run(
+            ["unshare", "--mount", "bash", "-ec", probe, folder, layers], capture_output=True, text=True
+        )
+    return f"no overlay can be mounted over /etc: {done.stderr.strip()}" if done.returncode else ""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ HTTP_PORT = 8000
 DEADLINE_S = 30.0
 SLACK_S = 5.0
 PER_S = 4
-LONGEST_S = 300.0
+LONGEST_S = 600.0
 FOR_EVER = 100_000  # steps: a host takes the time that it takes to come back, whatever a step takes
 # How soon a cluster believes that a host is gone; Ray's own defaults take about a minute.
 NOTICE = {f"RAY_health_check_{name}": value for name, value in {"period_ms": "1000", "timeout_ms": "3000"}.items()}
@@ -62,6 +62,7 @@ def overrides(folder: Path, name: str, steps: int) -> list[str]:
         *[
             f"train.steps={steps}",
             "train.schedule=constant",
+            "train.lr=1.0e-4",
             "train.report_every=1",
             "checkpoint.every=10",
             f"eval.every={steps}",
@@ -99,8 +100,12 @@ class Run:
         return reports[-1]
 
     def wait(self, code: int = 0) -> None:
-        if self.process.wait(LONGEST_S) != code:
-            sys.exit(f"{self.config.run.name} failed:\n{self.log.read_text()[-6000:]}")
+        try:
+            ended = self.process.wait(LONGEST_S) == code
+        except subprocess.TimeoutExpired:
+            ended = False
+        if not ended:
+            sys.exit(f"{self.config.run.name} failed or hangs:\n{self.log.read_text()[-6000:]}")
 
     def stop(self) -> None:
         """As Kubernetes does: what it has done is committed."""

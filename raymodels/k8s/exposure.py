@@ -134,6 +134,8 @@ def _opened(port: Place) -> Problems:
         return
     if not first:
         yield port, "lets everybody in to every port: say from whom, and to which port"
+    elif last and not isinstance(first.value, int):
+        yield last, f"makes no range with {first.value}, which is a name: give the first port as a number"
     elif last:
         within = [str(number) for number in sorted(PRIVATE_PORTS) if first.value <= number <= last.value]
         if within:

@@ -28,7 +28,7 @@ RETRIES = 3
 """How often a request is sent again whose replica died. A request that ends its replicas cannot end many."""
 WATCH_S = 2.0
 UNTAKEN_S, AFTERMATH_S = 5.0, 10.0
-"""What no replica has taken for so long is taken back, in so long after the death of a node: at most twice."""
+"""What no replica has taken for so long is taken back, in so long after the death of a node."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class Routes:
         while True:
             try:
                 before, dead = dead, await asyncio.to_thread(dead_nodes)
-            except Exception as error:
-                log.warning("cannot tell whether nodes have died: %s", error)
-            else:
                 now = asyncio.get_running_loop().time()
                 died = now if before is not None and dead - before else died
                 if now - died < AFTERMATH_S:
                     self.take_back(now - UNTAKEN_S)
+            except Exception as error:
+                log.warning("cannot tell whether nodes have died: %s", error)
             await asyncio.sleep(WATCH_S)
 
     def take_back(self, sent_before: float) -> None:
         """End the calls that were sent earlier and that no replica has taken, as if it had died."""
         for response, sent in list(self._sent.items()):
             if sent < sent_before and response._replica_result_future.cancel():
+                del self._sent[response]
                 log.warning("a request that no replica takes is sent again: a node has died")
 
     async def describe(self, model: str, deadline: float) -> Description:
@@ -115,7 +115,8 @@ class Routes:
     async def ask(self, model: str, method: str, *args: Any, deadline: float) -> Any:
         """Call a method of a replica that answers once, again on another one where that dies; raises as `call`."""
         handle = await self._handle(self._route(model).choose())
-        for retries in reversed(range(RETRIES + 1)):
+        retries = RETRIES
+        while True:
             response = self._noted(getattr(handle, method).remote(*args))
             try:
                 async with asyncio.timeout_at(deadline):
@@ -131,6 +132,7 @@ class Routes:
                 failure = _failed(error)
                 if not (retries and isinstance(failure, ReplicaLost)):
                     raise failure from error
+                retries -= response in self._sent  # else it was taken back, and has ended no replica
         if isinstance(answer, Problem):
             raise Refused(answer)
         return answer
@@ -218,12 +220,14 @@ class Call:
 
     async def accept(self) -> None:
         """Send the request; wait until a replica has taken it or refused it."""
+        deadline = min(self._deadline, asyncio.get_running_loop().time() + self._wait_s)
         while True:
             self._items, self._open = self._send(), True
             try:
-                first = await self._next(min(self._deadline, asyncio.get_running_loop().time() + self._wait_s))
+                first = await self._next(deadline)
             except ReplicaLost as lost:
-                self._retry(lost)
+                if not self._items._replica_result_future.cancelled():  # taken back: it has ended no replica
+                    self._retry(lost)
                 continue
             except TimeoutError as error:
                 raise _untaken() from error

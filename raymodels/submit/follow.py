@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 POLL_S = 1.0
-FAILURES, ASK_S = 5, 5.0
-"""After so many failures to stream a log it is asked for, so often."""
+FAILURES, OPEN_S, ASK_S = 5, 5.0, 5.0
+"""After so many streams of a log that end so soon without text, it is asked for, so often."""
 PENDING_S = 30.0
 """After so long one is told that a job has not started, and what Ray makes of it."""
 LOG_END_S = 30.0
@@ -176,7 +176,7 @@ class _Stream:
         self.cut = threading.Event()
         self._client, self._job_id = client, job_id
         self._heard = 0.0
-        self.failures = 0  # how often it ended by itself since it last brought text
+        self.failures = 0  # how often it ended at once since it last brought text
 
     def break_off(self) -> None:
         """Nothing can come through the connection that there is."""
@@ -191,7 +191,7 @@ class _Stream:
             reading = asyncio.ensure_future(self._read())
             while not (self.over.is_set() or self.cut.is_set() or reading.done() or self._silent()):
                 await asyncio.wait([reading], timeout=POLL_S / 4)
-            self.failures += reading.done()
+            self.failures += reading.done() and time.monotonic() - self._heard < OPEN_S
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading

@@ -9,8 +9,9 @@ import heapq
 import os
 import zipfile
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raymodels.errors import ClusterError, ConfigError
 
@@ -36,6 +37,8 @@ MOST_BYTES = 100 * 2**20
 ENTRY_BYTES = 256
 """At most what the archive needs for a file beside its name, twice, and content."""
 NAMED = 5
+FOLDER = "ps_d"
+"""Where in a path the folder ends that one of pathspec's rules has matched."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -51,7 +54,7 @@ def pack(working_dir: Path, target: Path, needed: Collection[str] = ()) -> int:
     if not working_dir.is_dir():
         raise ConfigError(f"working_dir {working_dir} is not a folder")
     try:
-        files = sorted(tree_files(working_dir))
+        files = sorted(islice(tree_files(working_dir), MOST_BYTES // ENTRY_BYTES))  # so many are too large in any case
         if ignored := sorted({*needed} - {*files}):
             raise ConfigError(
                 f"{', '.join(ignored)}: ignored in {working_dir}, and needed: see {' and '.join(IGNORE_FILES)}"
@@ -99,8 +102,18 @@ def tree_files(root: Path) -> Iterator[str]:
 
 def _ignored(name: str, rules: list[tuple[str, GitIgnoreSpec]]) -> bool:
     """The last rule that speaks of it decides, as in git: deeper folders' come later. The first always holds."""
-    always, *said = [spec.check_file(name[len(prefix) :]).include for prefix, spec in rules if name.startswith(prefix)]
+    always, *said = [_said(spec, name[len(prefix) :]) for prefix, spec in rules if name.startswith(prefix)]
     return bool(always or next((ignored for ignored in reversed(said) if ignored is not None), False))
+
+
+def _said(spec: GitIgnoreSpec, name: str) -> bool | None:
+    """Whether rules ignore a path; none if they do not speak of it: to keep a folder says nothing of what is in it."""
+    found = spec.check_file(name)
+    if found.include is False and found.index is not None:
+        match: Any = spec.patterns[found.index].match_file(name)
+        folder = match.match.end(FOLDER) if FOLDER in match.match.re.groupindex else -1
+        return False if folder in (-1, len(name)) else None
+    return found.include
 
 
 def _check_size(working_dir: Path, files: list[str]) -> None:

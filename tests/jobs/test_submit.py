@@ -46,13 +46,16 @@ def test_a_job_that_fails(head: Head, tree: Path, config: Path) -> None:
 def test_a_job_whose_supervisor_dies(head: Head, tree: Path, config: Path) -> None:
     def kill(line: str) -> None:
         if line == "sleeping":
-            [supervisor] = [each for each in psutil.process_iter() if "ray::JobSupervisor" in "".join(command(each))]
-            supervisor.kill()
+            [ours] = [each for each in psutil.process_iter() if "ray::JobSupervisor" in command(each) and of_head(each)]
+            ours.kill()
 
-    def command(process: psutil.Process) -> list[str]:
+    def command(process: psutil.Process) -> str:
         with contextlib.suppress(psutil.Error):
-            return process.cmdline()
-        return []
+            return " ".join(process.cmdline())
+        return ""
+
+    def of_head(process: psutil.Process) -> bool:
+        return any(str(head.folder) in command(parent) for parent in process.parents())
 
     with pytest.raises(JobError, match=r"failed: .*died"):
         submit(config, address=head.address, working_dir=tree, overrides=["run.seed=3"], follow=kill)

@@ -221,6 +221,7 @@ def test_a_shell_sees_the_code_and_one_line() -> None:
 
 def test_sigterm_unwinds_as_ctrl_c_does() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-c", "from raymodels.cli import main; main()", "complete", "x", "--url", url]
         with subprocess.Popen(command) as process, silent.accept()[0]:

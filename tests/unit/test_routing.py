@@ -21,6 +21,7 @@ REQUEST = read_completion({"model": "m", "prompt": "x"})
 ONE, TWO = [Delta(0, "a", 1)], [Delta(0, "b", 2, finish="length")]
 LOST = ActorUnavailableError("gone", b"x" * 16)
 UNTAKEN = ["no replica takes it"]
+LOST_ONE = [LOST]
 
 
 class Replicas:
@@ -111,11 +112,12 @@ def test_an_unstarted_stream_is_sent_again(lost: BaseException, before: list[Any
 
 
 def test_what_a_dead_node_has_not_taken_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = iter([{"long ago"}, {"long ago"}, {"long ago"}, *[{"long ago", "now"}] * 99])
+    dead = iter([{"long ago"}] * 3 + [{"long ago", "now"}] * 99)
     monkeypatch.setattr("raymodels.serve.routing.dead_nodes", lambda: next(dead))
     monkeypatch.setattr("raymodels.serve.routing.WATCH_S", 0.05)
     monkeypatch.setattr("raymodels.serve.routing.UNTAKEN_S", 0.1)
-    replicas = Replicas(UNTAKEN, UNTAKEN, [Accepted(3), ONE, TWO])
+    taken_back = 2 * RETRIES  # they do not count
+    replicas = Replicas(*[UNTAKEN] * taken_back, LOST_ONE, [Accepted(3), ONE, TWO])
     routes = Routes({"m": Route({"m--v1": 1.0})}, {"m--v1": replicas})
 
     async def main() -> list[Any]:
@@ -125,7 +127,7 @@ def test_what_a_dead_node_has_not_taken_is_sent_again(monkeypatch: pytest.Monkey
         return seen
 
     assert asyncio.run(main()) == [ONE, TWO, 3, 2]
-    assert replicas.calls == 3
+    assert replicas.calls == taken_back + 2
 
 
 def test_what_waits_for_a_replica_waits_on_while_no_node_dies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,12 @@ def test_what_is_ignored_is_what_git_ignores(tmp_path: Path) -> None:
     assert set(tree_files(tmp_path)) == {".gitignore", ".rayignore", "a.log", "c/.gitignore", "c/keep.log"}
 
 
+def test_a_folder_that_is_kept_keeps_no_secrets(tmp_path: Path) -> None:
+    write(tmp_path, **{".gitignore": ".env\n*.pem", ".rayignore": "/*\n!/src/", "src/.env": "x", "src/k.pem": "x"})
+    write(tmp_path, **{"src/a.py": "x", "src/deep/.gitignore": "!*/", "src/deep/er/.env": "x", "src/deep/er/b.py": "x"})
+    assert set(tree_files(tmp_path)) == {"src/a.py", "src/deep/.gitignore", "src/deep/er/b.py"}
+
+
 def test_no_rule_brings_histories_back(tmp_path: Path) -> None:
     write(tmp_path, **{".gitignore": "/*\n!/a/\n!/.git/\n!/runs/", ".git/config": "x", "runs/x": "x", "b": "x"})
     write(tmp_path, **{"a/.gitignore": "!*", "a/__pycache__/c.pyc": "x", "a/d": "x"})
