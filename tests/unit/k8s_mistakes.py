@@ -260,6 +260,11 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ),
     (
         "open-policy",
+        {"NetworkPolicy/within spec.ingress[0]": {"ports": [{"port": "serve", "endPort": 9000}]}},
+        "NetworkPolicy/within spec.ingress[0].ports[0].endPort",
+    ),
+    (
+        "open-policy",
         {"NetworkPolicy/within spec.ingress[0]": {"ports": [{"protocol": "TCP"}]}},
         "NetworkPolicy/within spec.ingress[0].ports[0]",
     ),
