@@ -12,11 +12,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import grpc
-import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 
+from raymodels.cluster import alive_nodes
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
 from raymodels.serve.replica import NOBODY, Accepted, Description, Waiting
@@ -68,12 +68,12 @@ class Routes:
         A node that is cut off closes no connection. Calls that its replicas had taken are given up by Serve, as it
         forgets the replicas; for those on their way it goes on waiting.
         """
-        dead, died = None, -math.inf
+        alive, died = set[str](), -math.inf
         while True:
             try:
-                before, dead = dead, await asyncio.to_thread(dead_nodes)
+                before, alive = alive, await asyncio.to_thread(alive_nodes)
                 now = asyncio.get_running_loop().time()
-                died = now if before is not None and dead - before else died
+                died = now if before - alive else died
                 if now - died < AFTERMATH_S:
                     self.take_back(now - UNTAKEN_S)
             except Exception as error:
@@ -187,11 +187,6 @@ class Routes:
             except RayServeException as error:
                 raise _failed(error) from error
         return self.bound[application]
-
-
-def dead_nodes() -> set[str]:
-    """The ids of all nodes that the cluster has lost."""
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 class ReplicaLost(Refused):

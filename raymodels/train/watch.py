@@ -136,8 +136,10 @@ class RayNodes:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        from raymodels.cluster import alive_nodes
+
         self._looked = time.monotonic()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        alive = alive_nodes()
         for gone in self._sentries.keys() - alive:
             del self._sentries[gone]
             self._known.pop(gone, None)

@@ -112,8 +112,8 @@ def test_an_unstarted_stream_is_sent_again(lost: BaseException, before: list[Any
 
 
 def test_what_a_dead_node_has_not_taken_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = iter([{"long ago"}] * 3 + [{"long ago", "now"}] * 99)
-    monkeypatch.setattr("raymodels.serve.routing.dead_nodes", lambda: next(dead))
+    alive = iter([{"one", "other"}] * 3 + [{"one"}] * 99)
+    monkeypatch.setattr("raymodels.serve.routing.alive_nodes", lambda: next(alive))
     monkeypatch.setattr("raymodels.serve.routing.WATCH_S", 0.05)
     monkeypatch.setattr("raymodels.serve.routing.UNTAKEN_S", 0.1)
     taken_back = 2 * RETRIES  # they do not count
@@ -131,7 +131,7 @@ def test_what_a_dead_node_has_not_taken_is_sent_again(monkeypatch: pytest.Monkey
 
 
 def test_what_waits_for_a_replica_waits_on_while_no_node_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymodels.serve.routing.dead_nodes", lambda: {"long ago"})
+    monkeypatch.setattr("raymodels.serve.routing.alive_nodes", lambda: {"one"})
     monkeypatch.setattr("raymodels.serve.routing.WATCH_S", 0.01)
     monkeypatch.setattr("raymodels.serve.routing.UNTAKEN_S", 0.0)
     replicas = Replicas(UNTAKEN)
