@@ -98,13 +98,14 @@ def submit(
     started = time.monotonic()
     asked = submission or Submission()
     how = Following(follow, notice or follow, lost_after_s)
-    entrypoint = _entrypoint(Path(config_path), Path(working_dir), job, overrides, how.notice)
+    script, config = _inside(Path(config_path), Path(working_dir), job, overrides, how.notice)
+    entrypoint = shlex.join(["python", script, config, *(word for each in overrides for word in ("--set", each))])
     env = environment(asked)
     if asked.id is not None and not ID.fullmatch(asked.id):
         raise ConfigError(f"--id {asked.id!r}: give letters, digits, - and _, at most 100")
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "tree.zip"
-        pack(Path(working_dir), archive, needed=shlex.split(entrypoint)[1:3])  # the script and its config
+        pack(Path(working_dir), archive, needed=[script, config])
         tree = hashlib.sha256(archive.read_bytes()).hexdigest()
         name = asked.id or _derived_id(job, Path(config_path), [entrypoint, asked.entrypoint_options(), env, tree])
         cluster = connect(address, ca)
@@ -219,9 +220,10 @@ def environment(asked: Submission) -> dict[str, Any]:
     return {**env, "uv": {"packages": packages, "uv_pip_install_options": []}, "config": config}
 
 
-def _entrypoint(
+def _inside(
     path: Path, working_dir: Path, job: Job, overrides: Sequence[str], notice: Callable[[str], object]
-) -> str:
+) -> tuple[str, str]:
+    """The job's script and its config, checked, as paths within what is sent."""
     try:
         inside = path.resolve().relative_to(working_dir.resolve())
     except ValueError:
@@ -235,8 +237,7 @@ def _entrypoint(
     for setting, value in _places(path, job, list(overrides)).items():
         if storage.is_local(value) and not Path(value).is_absolute():
             notice(f"note: {setting} {value} is relative, so it means the job's own folder, gone with the cluster")
-    arguments = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["python", script, inside.as_posix(), *arguments])
+    return script, inside.as_posix()
 
 
 def _places(path: Path, job: Job, overrides: list[str]) -> dict[str, str]:
