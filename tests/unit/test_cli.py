@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import yaml
 
@@ -224,6 +226,10 @@ def test_sigterm_unwinds_as_ctrl_c_does() -> None:
         silent.settimeout(60)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-c", "from raymodels.cli import main; main()", "complete", "x", "--url", url]
-        with subprocess.Popen(command) as process, silent.accept()[0]:
+        with subprocess.Popen(command) as process, silent.accept()[0] as connection:
+            assert connection.recv(1)
+            # In the microseconds between CPython's look at its signals and poll(2), a signal is noted but wakes nobody.
+            while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+                time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 130
