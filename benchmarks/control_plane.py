@@ -84,7 +84,7 @@ def checkpoint(folder: Path, ranks: int) -> str:
     place = layout.step_place(str(folder), 50)
     Path(place, layout.ZERO).mkdir(parents=True)
     for rank in range(ranks):
-        Path(place, shards.file_name(rank, ranks)).write_bytes(b"fragments of rank %d" % rank)
+        Path(place, shards.file_name(rank, ranks, "00000000")).write_bytes(b"fragments of rank %d" % rank)
     return place
 
 
@@ -144,7 +144,7 @@ def zero_3_checkpoint(folder: Path, ranks: int) -> str:
     place, entries = layout.step_place(str(folder), 50), {}
     Path(place, layout.ZERO).mkdir(parents=True)
     for rank in range(ranks):
-        file = shards.file_name(rank, ranks)
+        file = shards.file_name(rank, ranks, "00000000")
         one = dict.fromkeys(KINDS, torch.zeros(1))
         held = [Fragment(f"layers.{n}.weight", (ranks,), rank, one) for n in range(PARAMETERS)]
         flat = {f"{kind}/{each.name}": tensor for each in held for kind, tensor in each.tensors.items()}

@@ -156,7 +156,7 @@ def checkpoints(folder: Path, small: bool) -> list[Part]:
     parts: dict[str, list[float]] = {"acknowledge": [], "declare": [], "read": [], "verify": []}
     for ranks in (800, 8000):
         place = checkpoint(folder / str(ranks), ranks)
-        files = [shards.file_name(rank, ranks) for rank in range(ranks)]
+        files = [shards.file_name(rank, ranks, "00000000") for rank in range(ranks)]
         answers = [({name: manifest.entry(b"fragments of rank %d" % rank)}, rank) for rank, name in enumerate(files)]
         parts["acknowledge"].append(best(merged, answers))
         parts["declare"].append(best(lambda p, a: manifest.commit(p, merged(a)), place, answers))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymodels import manifest, storage
@@ -57,7 +57,7 @@ def export(
     config.dtype = dtype
     config.architectures = [_skeleton(config).__class__.__name__]
     config.save_pretrained(target)
-    _write(_checked(_lazy_weights(checkpoint.place, files), config), target, dtype, shard_bytes)
+    _write(_checked(_lazy_weights(checkpoint.place), config), target, dtype, shard_bytes)
     return target
 
 
@@ -69,12 +69,11 @@ class Lazy:
     read: Callable[[], torch.Tensor]
 
 
-def _lazy_weights(place: str, files: manifest.Entries) -> dict[str, Lazy]:
+def _lazy_weights(place: str) -> dict[str, Lazy]:
     shards = Shards(place)
     weights = {name: Lazy(shape, partial(shards.weight, name)) for name, shape in shards.shapes.items()}
-    if rest.PLACE in files:
-        for name, tensor in load(storage.read_bytes(storage.join(place, rest.PLACE))).items():
-            weights[name] = Lazy(tuple(tensor.shape), tensor.clone)
+    for name, tensor in rest.read(place).items():
+        weights[name] = Lazy(tuple(tensor.shape), tensor.clone)
     return weights
 
 

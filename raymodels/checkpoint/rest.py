@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from raymodels import storage
+from raymodels import manifest, storage
 from raymodels.checkpoint import layout
-from raymodels.checkpoint.shards import REST
+from raymodels.checkpoint.shards import SUFFIX
 
-PLACE = f"{layout.ZERO}/{REST}"
+NAME = f"{layout.ZERO}/rest"
+
+
+def file_name(writer: str) -> str:
+    """Where rank 0 writes it; ``writer`` as in `raymodels.checkpoint.shards.file_name`."""
+    return f"{NAME}-{writer}{SUFFIX}"
+
+
+def read(place: str) -> dict[str, torch.Tensor]:
+    """What a committed checkpoint holds of it, by name."""
+    found = [file for file in manifest.read(place) if file.startswith(NAME)]
+    return load(storage.read_bytes(storage.join(place, found[0]))) if found else {}
 
 
 def copy_rest(engine: Any) -> dict[str, torch.Tensor]:
@@ -34,7 +45,7 @@ def load_rest(engine: Any, place: str) -> None:
     named = list(_rest(engine.module))
     if not named:
         return
-    saved = load(storage.read_bytes(storage.join(place, PLACE)))
+    saved = read(place)
     for name, tensor in named:
         with _gathered(tensor, written=True):
             tensor.data.copy_(saved[name])

@@ -7,6 +7,7 @@ most one save is under way: the next one waits for it, which is what holds train
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
 import time
@@ -52,6 +53,7 @@ class Saver:
         # A rank that tries again keeps the others waiting in the exchange; of one that is gone they hear at once.
         timeout = timedelta(seconds=config.workers.collective_timeout_s + config.checkpoint.retry_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._writer = secrets.token_hex(4)
         self._host: dict[str, torch.Tensor] = {}
         self._fed: dict[int, str] = {}
         self._thread: threading.Thread | None = None
@@ -150,14 +152,14 @@ class Saver:
         self, place: str, held: list[live.Fragment], left: dict[str, torch.Tensor]
     ) -> tuple[manifest.Entries, int]:
         """This rank's files and its part of the digest."""
-        name = shards.file_name(dist.get_rank(), dist.get_world_size())
+        name = shards.file_name(dist.get_rank(), dist.get_world_size(), self._writer)
         flat = {f"{kind}/{fragment.name}": t for fragment in held for kind, t in fragment.tensors.items()}
         entries = {name: tensors.write(storage.join(place, name), flat, shards.metadata(held))}
         if dist.get_rank() == 0:
             for file, content in self._assets.items():
                 entries |= _put(place, f"{layout.MODEL}/{file}", content)
             if left:
-                entries |= _put(place, rest.PLACE, rest.to_bytes(left))
+                entries |= _put(place, rest.file_name(self._writer), rest.to_bytes(left))
         return entries, sum(map(live.digest, held))
 
     def _declare(self, place: str, state: layout.State, entries: manifest.Entries, fed: dict[int, str]) -> None:

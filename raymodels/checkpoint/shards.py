@@ -15,13 +15,18 @@ from raymodels.errors import CheckpointError
 
 READERS = 16
 SUFFIX = ".safetensors"
-REST = f"rest{SUFFIX}"
 Headers = dict[str, tuple[dict[str, tuple[int, int]], dict[str, Any]]]
 """By file: its tensors as name -> (first byte in the file, elements), and its metadata."""
 
 
-def file_name(rank: int, world_size: int) -> str:
-    return f"{layout.ZERO}/shard-{rank:05d}-of-{world_size:05d}{SUFFIX}"
+def file_name(rank: int, world_size: int, writer: str) -> str:
+    """Where a rank writes its fragments.
+
+    Args:
+        writer: names the process among all that may save this step: one that was given up with its attempt may still be
+            writing, on a host that is cut off, when the next attempt has come to the same step.
+    """
+    return f"{layout.ZERO}/shard-{rank:05d}-of-{world_size:05d}-{writer}{SUFFIX}"
 
 
 def metadata(fragments: list[Fragment]) -> dict[str, dict[str, tuple[int, tuple[int, ...]]]]:

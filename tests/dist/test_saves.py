@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from raymodels import manifest, storage
-from raymodels.checkpoint import layout
+from raymodels.checkpoint import layout, shards
 from raymodels.config import Config
 from raymodels.errors import StorageError
 from raymodels.testing import run_ranks, train_here
@@ -198,13 +199,18 @@ def test_an_end_without_its_save_is_an_error(
     assert verified(config) == [2, 4]
 
 
+def known_to_us(config: Config, prepared: str) -> Reports:
+    secrets.token_hex = lambda _=None: "known"
+    return reports(config, prepared)
+
+
 @pytest.mark.parametrize("rank", range(WORKERS))
 def test_a_full_disk_costs_that_save_alone(tiny: dict[str, Any], prepared: str, tmp_path: Path, rank: int) -> None:
     config = altered(tiny, tmp_path, train={"steps": 6}, checkpoint={"keep": 3, "retry_s": 0})
-    shard = Path(layout.step_place(config.place, 4), f"zero/shard-{rank:05}-of-{WORKERS:05}.safetensors")
+    shard = Path(layout.step_place(config.place, 4), shards.file_name(rank, WORKERS, "known"))
     shard.parent.mkdir(parents=True)
     shard.symlink_to("/dev/full")
-    found = run_ranks(reports, WORKERS, config, prepared)
+    found = run_ranks(known_to_us, WORKERS, config, prepared)
     for each in found:
         errors = saves(each)
         assert [step for step, error in errors.items() if error] == [4]
@@ -327,6 +333,34 @@ def test_all_that_a_manifest_names_has_survived_a_power_cut_before_it_is_there(
     needed += [place.parent, place, place / layout.ZERO, place / layout.MODEL]  # whose entries name them
     needed += [Path(config.place), tmp_path / "new", tmp_path]
     assert [str(path) for path in needed if path.stat().st_ino not in inodes] == []
+
+
+def cut_off(config: Config, prepared: str, run: str) -> str:
+    """Train as an attempt that was given up in mid-save: its files go to ``run``, and it hears of no other rank."""
+    from raymodels.checkpoint.save import Saver
+
+    def silence(*_: Any) -> None:
+        raise RuntimeError("nobody answers")
+
+    place = layout.step_place
+    layout.step_place = lambda _, step: place(run, step)
+    Saver._exchange = silence  # type: ignore[assignment,method-assign]
+    with pytest.raises(RuntimeError, match="nobody answers"):
+        reports(config, prepared)
+    return "written"
+
+
+def test_an_attempt_that_was_given_up_and_writes_on_spoils_no_checkpoint(
+    tiny: dict[str, Any], prepared: str, tmp_path: Path
+) -> None:
+    config, given_up = altered(tiny, tmp_path / "run"), altered(tiny, tmp_path / "other", train={"lr": 0.1})
+    run_ranks(reports, WORKERS, config, prepared)
+    [first, *_] = steps(config)
+    zero = Path(layout.step_place(config.place, first), layout.ZERO)
+    before = set(zero.iterdir())
+    assert run_ranks(cut_off, WORKERS, given_up, prepared, config.place) == ["written"] * WORKERS
+    assert verified(config)[0] == first
+    assert len(set(zero.iterdir()) - before) == WORKERS
 
 
 def test_a_manifest_that_is_none_any_more_is_damage_like_any_other(

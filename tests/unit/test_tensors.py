@@ -44,7 +44,7 @@ def cut(state: dict[str, dict[str, torch.Tensor]], cuts: dict[str, list[int]]) -
 def write(place: str, ranks: list[list[Fragment]]) -> None:
     entries = {}
     for rank, held in enumerate(ranks):
-        name = shards.file_name(rank, len(ranks))
+        name = shards.file_name(rank, len(ranks), "a")
         flat = {f"{kind}/{fragment.name}": t for fragment in held for kind, t in fragment.tensors.items()}
         entries[name] = tensors.write(storage.join(place, name), flat, shards.metadata(held))
     manifest.commit(place, entries)
@@ -130,7 +130,7 @@ def test_a_file_that_a_save_replaced_but_did_not_declare_is_not_read(place: str)
     stray = cut({name: {k: t + 1 for k, t in kinds.items()} for name, kinds in whole.items()}, evenly(3))
     for rank, held in enumerate(stray):  # of another save into the same folder, on another number of ranks
         flat = {f"{kind}/{fragment.name}": t for fragment in held for kind, t in fragment.tensors.items()}
-        tensors.write(storage.join(place, shards.file_name(rank, 3)), flat, shards.metadata(held))
+        tensors.write(storage.join(place, shards.file_name(rank, 3, "a")), flat, shards.metadata(held))
     assert same_bits(Shards(place).weight("embed").view(-1), whole["embed"]["master"])
 
 
