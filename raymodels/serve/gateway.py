@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from ray import serve
 from starlette.exceptions import HTTPException
 
@@ -26,7 +26,7 @@ from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
 from raymodels.serve.capacity import Capacity
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
-from raymodels.serve.metrics import CLIENT_LEFT, engine_stats
+from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures
 from raymodels.serve.openapi import page
 from raymodels.serve.quotas import check_prompt, estimated_tokens, limited, sequences
 from raymodels.serve.replica import Description, Process, Waiting, this_process
@@ -64,7 +64,7 @@ async def _listen(app: FastAPI) -> Listener | None:
 app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
 app.add_middleware(Door, front=lambda: serve.get_replica_context().servable_object.front)
 JSON = "application/json"
-DESCRIBE_S, STATS_S = 2.0, 1.0
+DESCRIBE_S, STATS_S, FIGURES_S = 2.0, 1.0, 3.0
 FRESH_S = 1.0
 """How old what is known of the replicas may be when models are listed."""
 SERVER_SENT_EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -160,6 +160,7 @@ class Gateway:
         self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, http.gateway_replicas)
         self._described: dict[str, Description] = {}
+        self._gateways: Any = None
         watches = (self._capacity.watch(self._admission.dispatch), self._routes.watch())
         self._watching = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
@@ -186,9 +187,8 @@ class Gateway:
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        models = {self._routes.base(name) for name in self._routes.table}
-        await asyncio.gather(*(self._show_engine(model) for model in models))
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        shown = await asyncio.to_thread(metrics_page, await self._all_figures())  # of 100,000 figures it takes a second
+        return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models(self, http: HttpRequest) -> dict[str, Any]:
@@ -241,6 +241,27 @@ class Gateway:
 
     async def process(self) -> Process:
         return this_process()
+
+    async def figures(self) -> tuple[str, list[Metric]]:
+        """This gateway's name, and what it has measured. Called by the one that is asked for all gateways' figures."""
+        models = {self._routes.base(name) for name in self._routes.table}
+        await asyncio.gather(*(self._show_engine(model) for model in models))
+        return serve.get_replica_context().replica_tag, own_figures()
+
+    async def _all_figures(self) -> dict[str, list[Metric]]:
+        """The figures of every gateway that answers in time, and this one's in any case."""
+        own, found = serve.get_replica_context(), dict[str, list[Metric]]()
+        if self._http.gateway_replicas > 1:
+            try:
+                async with asyncio.timeout(FIGURES_S):
+                    if self._gateways is None:
+                        made = asyncio.to_thread(serve.get_deployment_handle, own.deployment, own.app_name)
+                        self._gateways = await made
+                    answers = await self._gateways.broadcast("figures").results_async(return_exceptions=True)
+                found = dict(answer for answer in answers if not isinstance(answer, BaseException))
+            except Exception as error:
+                log.warning("a gateway does not answer, so this one's figures are shown alone: %r", error)
+        return found if own.replica_tag in found else found | dict([await self.figures()])
 
     async def _show_engine(self, model: str) -> None:
         """Show what an engine of the model says of itself. Asking must not start a model that has no replica."""

@@ -1,13 +1,15 @@
-"""What the gateway measures, for Prometheus. Counted in the gateway's own process; tenants appear by name.
+"""What gateways measure, for Prometheus. Each counts in its own process; tenants appear by name.
 
 The same figures are also there under the names that vLLM gives them, as dashboards and autoscalers know those.
+A page has those of all gateways, told apart by the label ``gateway``: who asks does not choose which one answers.
+What a request does is counted by its own gateway: sum that. Replicas and engines are seen by all: take the maximum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -96,6 +98,35 @@ def _renamed(sample: Sample, name: str, alias: str) -> Sample:
 
 
 REGISTRY.register(Aliases(ALIASES))
+
+
+class Gateways(Collector):
+    """The figures of several gateways as those of one process, with the label ``gateway``.
+
+    Args:
+        figures: a gateway's name -> what `own_figures` gave there.
+    """
+
+    def __init__(self, figures: Mapping[str, Iterable[Metric]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        for gateway, metrics in self._figures.items():
+            for metric in metrics:
+                whole = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                whole.samples += [s._replace(labels={**s.labels, "gateway": gateway}) for s in metric.samples]
+        return found.values()
+
+
+def own_figures() -> list[Metric]:
+    """What this process has measured so far."""
+    return list(REGISTRY.collect())
+
+
+def metrics_page(found: Mapping[str, Iterable[Metric]]) -> bytes:
+    """What Prometheus reads: each gateway's `own_figures`, by its name."""
+    return generate_latest(Gateways(found))
 
 
 def engine_stats(model: str, stats: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import pickle
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -358,6 +359,17 @@ def test_dashboards_for_vllm_find_its_names() -> None:
     assert success[0].labels["finished_reason"] == "stop"
     usage = [s for s in families["vllm:kv_cache_usage_perc"].samples if s.labels["model_name"] == "aliased"]
     assert usage[0].value == 0.25
+
+
+def test_a_page_has_the_figures_of_all_gateways() -> None:
+    metrics.TOKENS_IN.labels("paged", "team").inc(3)
+    own = metrics.own_figures()
+    page = metrics.metrics_page({"a": own, "b": pickle.loads(pickle.dumps(own))}).decode()
+    for gateway in "ab":
+        assert f'raymodels_serve_tokens_in_total{{gateway="{gateway}",model="paged",tenant="team"}} 3.0\n' in page
+        assert f'vllm:prompt_tokens_total{{gateway="{gateway}",model_name="paged",tenant="team"}} 3.0\n' in page
+    families = [family.name for family in text_string_to_metric_families(page)]
+    assert len(families) == len(set(families))
 
 
 def test_replicas_and_why_they_changed() -> None:
