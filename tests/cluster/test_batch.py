@@ -20,6 +20,7 @@ from raymodels.config import ModelServeConfig
 from raymodels.errors import AdapterError, ConfigError, IntegrityError, RunInUse
 from raymodels.registry import Registry
 from tests.lora_adapters import random_adapter
+from tests.processes import descendants
 
 LINES = 600
 # Ray Data warns of its own settings while it copies them.
@@ -123,8 +124,7 @@ def test_an_actor_that_dies_is_replaced(ray_cluster: Any, registry: str, tmp_pat
 
     def on_progress(counts: Counts, lines: int) -> None:
         if counts.lines >= 64 and not killed:
-            ours = psutil.Process().children(recursive=True)  # of which the shared Ray is one
-            killed.extend(process for process in ours if "MapWorker(Map(Answerer))" in "".join(process.cmdline()))
+            killed.extend(descendants(psutil.Process(), "MapWorker(Map(Answerer))"))  # the shared Ray is one of ours
             for process in killed:
                 process.kill()
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from raymodels.train.controller import Kept, Trainer
+from tests.processes import descendants
 
 
 def attempt(kept: Kept, folder: Path, loop: Any) -> None:
@@ -27,12 +27,7 @@ def attempt(kept: Kept, folder: Path, loop: Any) -> None:
 
 def processes(name: str) -> set[int]:
     """Those of this Ray, which this process has started."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(name):
-                found.add(process.pid)
-    return found
+    return {process.pid for process in descendants(psutil.Process(), name)}
 
 
 def test_attempts_share_a_process_and_leave_none(ray_cluster: Any, tmp_path: Path) -> None:

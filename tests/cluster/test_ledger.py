@@ -19,6 +19,7 @@ from raymodels.checkpoint.shards import Shards
 from raymodels.config import Config
 from raymodels.runs import open_run
 from tests.conftest import altered
+from tests.processes import descendants
 
 KILLS, EVERY, STEPS = 2, 10, 80
 
@@ -98,5 +99,4 @@ def test_a_run_with_restarts_sums_to_its_wall_time(killed: Killed) -> None:
 
 def _train_workers() -> set[int]:
     """Process ids of Ray Train's workers among this test run's own descendants."""
-    ours = psutil.Process().children(recursive=True)
-    return {process.pid for process in ours if "RayTrainWorker" in " ".join(process.cmdline())}
+    return {process.pid for process in descendants(psutil.Process(), "RayTrainWorker")}

@@ -158,7 +158,7 @@ def one(config: Config) -> Any:
 
 def comes_back(server: Server, gone: Path) -> None:
     wait_for(gone)
-    time.sleep(3)
+    time.sleep(6)
     server.start()
 
 

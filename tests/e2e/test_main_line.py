@@ -26,6 +26,7 @@ from raymodels.checkpoint import layout
 from raymodels.config import dump
 from tests.conftest import altered
 from tests.jobs.head import Head, free_ports, start_head, wait_until_up
+from tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).parent / "raymodels")
@@ -137,12 +138,12 @@ def test_sigterm_saves_and_leaves_and_the_next_start_goes_on_from_there_until_ct
 
     run = train_until(path, second, newest.step + 10, "--set", "checkpoint.every=5")  # and so in the midst of saves
     assert min(reported(second)) > newest.step
-    descendants = psutil.Process(run.pid).children(recursive=True)
-    assert any("RayTrainWorker" in " ".join(process.cmdline()) for process in descendants)
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert descendants(psutil.Process(run.pid), "RayTrainWorker")
     run.send_signal(signal.SIGINT)
     assert run.wait(120) == 130
     assert "Traceback" not in second.read_text()
-    _, alive = psutil.wait_procs(descendants, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
     last = layout.latest(config.place)
     assert last and last.step > newest.step

@@ -334,7 +334,7 @@ def test_a_timeout_is_not_retried(kind: Any, endpoint: Endpoint) -> None:
 
     endpoint.will(lambda: StreamingResponse(never()))
     with (
-        kind(endpoint.url, timeout=httpx.Timeout(60, read=0.2)) as client,
+        kind(endpoint.url, timeout=httpx.Timeout(60, read=1)) as client,
         pytest.raises(errors.ConnectionFailed, match="timeout"),
     ):
         client.complete("x", model="tiny")

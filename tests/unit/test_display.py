@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ def lines(events: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], step
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is 30 s after the one before."""
     ticks = itertools.count(0, 30)
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("raymodels.display.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
 
 
 def test_a_run_in_lines(capsys: pytest.CaptureFixture[str], clock: None) -> None:

@@ -169,6 +169,7 @@ def test_listing_models_asks_serve_no_more_than_once_a_moment(use: Any, monkeypa
 
     async def what(client: httpx.AsyncClient, _: Any) -> None:
         monkeypatch.setattr(serve, "status", lambda: asked.append(1) or serve_status(["m--v1"]))
+        monkeypatch.setattr("raymodels.serve.gateway.FRESH_S", 60.0)
         for path in ["/v1/models", "/v1/models/m", "/openapi.json"] * 3:
             assert (await client.get(path)).status_code == 200
 

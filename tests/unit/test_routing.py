@@ -208,7 +208,7 @@ def test_waiting_for_a_replica_ends() -> None:
     assert problem.retry_after_s >= 1
     problem, _ = play(whole, [None], seconds=0.05)
     assert problem.status == 503
-    problem, replicas = play(whole, [Accepted(3), None], seconds=0.05)
+    problem, replicas = play(whole, [Accepted(3), None], seconds=0.5)
     assert (problem.status, replicas.cancelled) == (504, 1)
     assert time.monotonic() - start < 5
 
