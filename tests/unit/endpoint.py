@@ -73,7 +73,7 @@ def endpoint(
     for name, over in (adapters or {}).items():
         table |= dict.fromkeys(over, Route({f"{name}--v1": 1.0}, parent=name))
     handles = {name: LocalHandle(replica) for name, replica in replicas.items()}
-    context = SimpleNamespace(servable_object=None)
+    context = SimpleNamespace(servable_object=None, replica_tag="here")
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     listening = socket.create_server(("127.0.0.1", 0))
 

@@ -135,7 +135,7 @@ def test_a_key_may_be_for_an_adapter_alone(url: str) -> None:
 def test_metrics_count_each_name_and_the_shared_engine_once(url: str) -> None:
     def counted(name: str) -> float:
         lines = call(url, "/metrics").text.splitlines()
-        wanted = f'raymodels_serve_tokens_out_total{{model="{name}",tenant="all"}}'
+        wanted = f'raymodels_serve_tokens_out_total{{gateway="here",model="{name}",tenant="all"}}'
         return sum(float(line.split()[-1]) for line in lines if line.startswith(wanted))
 
     before = {name: counted(name) for name in NAMES}
@@ -143,8 +143,8 @@ def test_metrics_count_each_name_and_the_shared_engine_once(url: str) -> None:
     assert {name: counted(name) - before[name] for name in NAMES} == {"base": 0, "terse": 7, "verbose": 0}
     page = call(url, "/metrics").text
     for metric in ("raymodels_serve_engine_running", "raymodels_serve_queue_requests", "raymodels_serve_replicas"):
-        assert f'{metric}{{model="base"}}' in page
-        assert f'{metric}{{model="terse"}}' not in page
+        assert f'{metric}{{gateway="here",model="base"}}' in page
+        assert f'{metric}{{gateway="here",model="terse"}}' not in page
 
 
 @pytest.fixture

@@ -84,7 +84,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         for watching in gateway._watching:  # there is no Serve to ask
             watching.cancel()
         monkeypatch.setattr(serve, "status", lambda: serve_status(["m--v1", "n--v1"]))
-        monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
+        monkeypatch.setattr(
+            serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway, replica_tag="here")
+        )
         for handler in logging.getLogger(LOGGER).handlers:
             handler.setStream(written)  # type: ignore[attr-defined]
         transport = httpx.ASGITransport(app)
