@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 
 import psutil
 
 
-def descendants(of: psutil.Process, named: str) -> list[psutil.Process]:
-    """Those of a process with ``named`` in their command line; one that ends while it is looked at is none."""
+def descendants(of: psutil.Process, pattern: str) -> list[psutil.Process]:
+    """Those of a process whose command line has the pattern; one that ends while it is looked at is none."""
     found = []
     for process in of.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if named in " ".join(process.cmdline()):
+            if re.search(pattern, " ".join(process.cmdline())):
                 found.append(process)
     return found

@@ -124,7 +124,7 @@ def test_an_actor_that_dies_is_replaced(ray_cluster: Any, registry: str, tmp_pat
 
     def on_progress(counts: Counts, lines: int) -> None:
         if counts.lines >= 64 and not killed:
-            killed.extend(descendants(psutil.Process(), "MapWorker(Map(Answerer))"))  # the shared Ray is one of ours
+            killed.extend(descendants(psutil.Process(), r"MapWorker\(Map\(Answerer\)\)"))  # the shared Ray is ours
             for process in killed:
                 process.kill()
 

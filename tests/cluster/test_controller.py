@@ -27,7 +27,7 @@ def attempt(kept: Kept, folder: Path, loop: Any) -> None:
 
 def processes(name: str) -> set[int]:
     """Those of this Ray, which this process has started."""
-    return {process.pid for process in descendants(psutil.Process(), name)}
+    return {process.pid for process in descendants(psutil.Process(), f"^{name}")}
 
 
 def test_attempts_share_a_process_and_leave_none(ray_cluster: Any, tmp_path: Path) -> None:
