@@ -73,7 +73,33 @@ def make_engine(config: Config, model: torch.nn.Module) -> Any:
     derived = zero.deepspeed_config(config, dist.get_world_size())
     with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=derived)
+    if config.zero.stage == 0 and config.train.precision != "fp32":
+        _undo_first_step(engine)
     return engine
+
+
+def own_loss_scale(engine: Any) -> float:
+    """What to multiply the loss of the coming step by here; the norm that DeepSpeed then tells is so scaled too.
+
+    At stage 0 in fp16 DeepSpeed 0.19 divides the gradients by its loss scale, but never multiplied the loss by it
+    (`DeepSpeedEngine.backward` does for optimizers of ZeRO alone): AdamW would see gradients 65,536 times too small,
+    among which its ``eps`` counts, and nothing would ever be clipped.
+    """
+    if engine.zero_optimization_stage() == 0 and engine.fp16_enabled():
+        return float(engine.optimizer.loss_scale_config.cur_scale)
+    return 1.0
+
+
+def _undo_first_step(engine: Any) -> None:
+    """Stage 0 in half precision: take back the step without gradients by which DeepSpeed 0.19 allocates the moments.
+
+    It leaves AdamW's count at one, so that the first real update is 0.735 times what it should be, and has decayed the
+    float32 weights once.
+    """
+    for params, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+        for param, master in zip(params, masters, strict=True):
+            engine.optimizer.optimizer.state.pop(master, None)
+            master.data.copy_(param.data)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

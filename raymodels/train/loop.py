@@ -24,7 +24,7 @@ from raymodels.errors import StorageError, TrainingError
 from raymodels.models.build import architecture, flops_per_token, parameter_count
 from raymodels.tasks import Task, task
 from raymodels.train.divergence import Divergence, dropped
-from raymodels.train.engine import join_process_group, make_engine, make_model, read_assets
+from raymodels.train.engine import join_process_group, make_engine, make_model, own_loss_scale, read_assets
 from raymodels.train.interval import Interval
 from raymodels.train.meter import Meter, Phases, peak_memory_bytes
 from raymodels.train.origin import starting_point
@@ -218,17 +218,17 @@ def optimizer_step(session: Session, step: int, phases: Phases, votes: Votes) ->
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step)
     torch.manual_seed((config.run.seed << 32) + step * world_size + rank)  # of dropout
-    total = torch.zeros((), device=session.device)
+    total, scale = torch.zeros((), device=session.device), own_loss_scale(engine)
     for batch in batches:
         with phases.own() if config.zero.stage < 3 else nullcontext():  # stage 3 gathers parameters on the way
             loss = objective.loss(engine, batch)
-        engine.backward(loss * (world_size / weight), scale_wrt_gas=False)
+        engine.backward(loss * (world_size * scale / weight), scale_wrt_gas=False)
         unpartitioned = config.zero.stage == 0 and config.train.precision == "fp32"
         plain_norm = _plain_grad_norm(engine) if unpartitioned else None
         engine.step()
         total += loss.detach()
     with phases("settle"):  # here a GPU's host waits for it
-        norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+        norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm) / scale
         mean = summed(total, session.device) / weight
     return Taken(mean, weight, norm, f"{samples:016x}", save, leave)
 
