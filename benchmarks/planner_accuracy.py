@@ -16,17 +16,13 @@ estimators in the installed DeepSpeed.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from benchmarks.peak_memory import STATES, measured, preload_meter
 from benchmarks.report import Bar, quick, report
-from benchmarks.zero_memory import state_bytes
 from raymodels.config import Config, ZeroConfig, validate
 from raymodels.testing import run_ranks
 from raymodels.train.planner import plan
@@ -35,7 +31,6 @@ from raymodels.train.planner.options import MARGIN
 from raymodels.train.planner.trace import Moment, Pass
 
 WORKERS, STEPS = 2, 3
-STATES = ("parameters", "gradients", "optimizer")
 # name -> model, vocabulary, tokens of a sample, and settings of train. Buckets are of the models' size or smaller.
 MODELS: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "llama": ({"hidden_size": 256, "layers": 8, "heads": 4}, 4096, 128, {"micro_batch": 2}),
@@ -72,57 +67,9 @@ def config(name: str, stage: int, storage: str) -> Config:
     )
 
 
-def measured(config: Config, vocab_size: int) -> dict[str, float]:
-    """What this rank holds at most: bytes of model states by kind, ``peak`` of malloc, and ``resident``."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from raymodels.models.build import DTYPES, architecture
-    from raymodels.tasks import task
-    from raymodels.train.engine import join_process_group, make_engine, make_model
-
-    meter = _meter()
-    join_process_group()
-    shape = architecture(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eos_id=0)
-    ids = torch.randint(0, vocab_size, (config.train.micro_batch, config.data.seq_len))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    # What libraries take once and keep, by the kind of CPU, is not the model's: the planner has it apart.
-    throwaway = AutoModelForCausalLM.from_config(shape).to(DTYPES[config.train.precision])
-    task(config.task.kind).loss(throwaway, batch).backward()
-    del throwaway
-    before = meter.meter_held()
-    meter.meter_reset()
-    engine = make_engine(config, make_model(config, config.model, shape))
-    states = dict.fromkeys(STATES, 0)
-    accumulation = config.accumulation(WORKERS)
-    for micro_step in range(STEPS * accumulation):
-        loss = task(config.task.kind).loss(engine, batch)
-        engine.backward(loss / ids.numel(), scale_wrt_gas=False)
-        if micro_step >= accumulation:  # the moments exist from the first step on
-            states = {kind: max(states[kind], held) for kind, held in state_bytes(engine).items()}
-        engine.step()
-        del loss
-    peak = meter.meter_peak() - before
-    return {**states, "peak": peak, "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
-def _meter() -> ctypes.CDLL:
-    meter = ctypes.CDLL(None)
-    meter.meter_held.restype = meter.meter_peak.restype = ctypes.c_long
-    return meter
-
-
-def preload_meter(folder: str) -> None:
-    """Have the processes that start from here on count their allocations."""
-    library = Path(folder, "malloc_meter.so")
-    source = Path(__file__).with_name("malloc_meter.c")
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    os.environ["LD_PRELOAD"] = str(library)
-
-
 def compare(name: str, stage: int, storage: str) -> dict[str, Any]:
     settings = config(name, stage, storage)
-    ranks = run_ranks(measured, WORKERS, settings, MODELS[name][1])
+    ranks = run_ranks(measured, WORKERS, settings, MODELS[name][1], STEPS)
     seen = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
     chosen = plan(settings).chosen
     held: Memory = chosen.memory

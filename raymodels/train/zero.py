@@ -96,8 +96,8 @@ def _optimizer(config: Config) -> dict[str, Any]:
         "weight_decay": config.train.weight_decay,
         "adam_w_mode": True,
     }
-    if config.zero.offload_optimizer.device == "none":
-        # torch's AdamW needs no compiled kernel; an offloaded optimizer needs DeepSpeedCPUAdam, which has one.
+    if config.zero.offload_optimizer.device == "none" or config.zero.raw.get("zero_force_ds_cpu_optimizer") is False:
+        # torch's AdamW needs no compiled kernel; DeepSpeedCPUAdam, which offloading takes unless told not to, does.
         params["torch_adam"] = True
     return {"type": "AdamW", "params": params}
 
