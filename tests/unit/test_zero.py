@@ -204,3 +204,10 @@ def test_raw_may_not_say_what_zero_says(field: str) -> None:
 def test_a_contradiction_in_raw_is_named(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         derived(config({"raw": raw}))
+
+
+def test_offload_takes_torchs_adam_where_deepspeeds_is_not_wanted() -> None:
+    offloaded = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert "torch_adam" not in derived(config(offloaded))["optimizer"]["params"]
+    own = derived(config(offloaded | {"raw": {"zero_force_ds_cpu_optimizer": False}}))
+    assert own["optimizer"]["params"]["torch_adam"] is True
