@@ -61,19 +61,23 @@ class Role:
 
     def __init__(self, name: str, title: str) -> None:
         self.name, self._title = name, title
-        self.seen = set[tuple[int, float]]()
-        """Process ids and start times."""
+        self.seen = set[psutil.Process]()
+        """All that did it; equal if they have process id and start time in common."""
+        self.ended = set[psutil.Process]()
+        """Of those, the ones that run no more."""
         self.most = 0
         self.killed = list[float]()
         """When it, or one that it had started, was over `LIMIT`, in Unix seconds."""
         self._now: psutil.Process | None = None
 
     def find(self) -> None:
+        """Look for the one that does it now."""
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error, IndexError):
                 if process.cmdline()[0].startswith(self._title):
                     self._now = process
-                    self.seen.add((process.pid, process.create_time()))
+                    self.seen.add(process)
+        self.ended = {process for process in self.seen if not process.is_running()}
 
     def family(self) -> list[psutil.Process]:
         """It and all that it has started."""

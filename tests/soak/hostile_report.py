@@ -17,6 +17,8 @@ MEBIBYTE = 1 << 20
 ALLOWED = {503, 504}
 FAILURES = {"internal_error", "replica_failed"}
 """Codes that are a status of 500 where the status has long been sent."""
+ERROR_BYTES = 8192
+"""Of an answer that is an error, its headers included: it names a field and a limit, and repeats no request."""
 SHOWN = 5
 """Polite requests that are shown with what was in flight."""
 
@@ -136,7 +138,7 @@ def bars(found: Found, size: Size) -> list[Bar]:
         Bar("hostile_requests", len(found.sent), ">=", size.requests),
         Bar("of_a_mebibyte_and_more", sum(is_big(one.number) for one in found.sent), ">=", size.requests // 4),
         Bar("neither_answered_nor_closed", len(found.held), "==", 0),
-        *(Bar(f"{role.name}_restarts", len(role.seen) - 1, "==", 0) for role in found.roles),
+        *(Bar(f"{role.name}_deaths", len(role.ended), "==", 0) for role in found.roles),
         Bar("memory_growth", found.growth, "<=", 1.1),
         Bar("polite_requests_alone", len(found.alone), ">=", size.polite),
         Bar("polite_requests_meanwhile", len(found.meanwhile), ">=", size.polite),
@@ -144,4 +146,5 @@ def bars(found: Found, size: Size) -> list[Bar]:
         Bar(f"polite_p{100 * size.quantile:g}_ratio", meanwhile / alone, "<=", 2),
         Bar("polite_5xx", sum(fails(one.status) for one in found.alone + found.meanwhile), "==", 0),
         Bar("hostile_5xx", len(found.failures), "==", 0),
+        Bar("longest_error_bytes", max(one.error_bytes for one in found.hostile), "<=", ERROR_BYTES),
     ]
