@@ -5,10 +5,10 @@ READY := .venv/ready
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-fast bench-quick check lint clean
+.PHONY: setup demo test test-fast soak bench-quick check lint clean
 
-QUICK := resume_matrix sample_exact kill_saves hang_naming planner_accuracy batch_resume replica_kill disconnects autoscale_replay
-QUICK += manifest_commands three_hosts
+SOAK := resume_matrix sample_exact kill_saves hang_naming batch_resume replica_kill manifest_commands three_hosts
+QUICK := planner_accuracy disconnects autoscale_replay
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ test: lint
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' tests/unit
+
+soak: $(READY)
+	set -e; for name in $(SOAK); do $(BIN)/python -m tests.soak.$$name --size small; done
 
 bench-quick: $(READY)
 	set -e; for name in $(QUICK); do $(BIN)/python -m benchmarks.$$name --quick; done

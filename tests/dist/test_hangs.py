@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from benchmarks.hang_naming import KINDS, Plan, healthy, inject
+from tests.soak.hang_naming import KINDS, Plan, healthy, inject
 from raymodels.train.verdict import Bounds
 
 BOUNDS = Bounds(seconds=4.0)

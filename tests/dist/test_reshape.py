@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.resume_matrix import Place, State, gathered
+from tests.soak.resume_matrix import Place, State, gathered
 from raymodels.checkpoint import layout
 from raymodels.checkpoint.shards import Shards
 from raymodels.config import Config

@@ -32,7 +32,7 @@ from ray.cluster_utils import Cluster
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels import storage
 from raymodels.cluster import alive_nodes, settled_nodes
 from raymodels.config import Config, RetryConfig, validate
@@ -44,6 +44,7 @@ from raymodels.train.failure import telling
 from raymodels.train.faults import Fault, classify
 from raymodels.train.heartbeat import Heart
 from raymodels.train.watch import watch
+from tests.soak.size import small
 
 HEALTHY_STEPS, SECONDS_PER_STEP, LONGEST_S = 4, 0.25, 90.0
 VICTIM = 1
@@ -180,29 +181,29 @@ class Injected:
     where: str = "head"
     strikes: str = ""
     watched: bool = False
-    quick: bool = False
+    small: bool = False
 
 
 SUITE = [
-    Injected("TypeError", "user_bug", wrong_type, quick=True),
+    Injected("TypeError", "user_bug", wrong_type, small=True),
     Injected("missing import", "user_bug", missing_module),
     Injected("failed assertion", "user_bug", failed_assertion),
     Injected("unpicklable error", "user_bug", unpicklable),
     Injected("wrong tensor shapes", "user_bug", wrong_shapes),
-    Injected("shard torn in use", "data", torn_shard, quick=True),
+    Injected("shard torn in use", "data", torn_shard, small=True),
     Injected("shard missing", "data", missing_shard),
-    Injected("disk full", "storage", full_disk, quick=True),
+    Injected("disk full", "storage", full_disk, small=True),
     Injected("no permission", "storage", no_permission),
     Injected("S3 unreachable", "storage", unreachable_s3),
     Injected("torch's host allocator", "out_of_memory_host", torch_host_memory),
     Injected("MemoryError", "out_of_memory_host", python_host_memory),
     Injected("node's memory fills up", "out_of_memory_host", host_fills_up, where="small"),
     Injected("GPU memory", "out_of_memory_device", gpu_memory),
-    Injected("SIGKILL", "worker_killed", killed, quick=True),
+    Injected("SIGKILL", "worker_killed", killed, small=True),
     Injected("SIGSEGV", "worker_killed", crashes),
     Injected("SIGSTOP", "hang", stopped, watched=True),
     Injected("skipped collective", "hang", skips_a_collective, watched=True),
-    Injected("node dies", "lost_node", nothing, where="spot", strikes="kill", quick=True),
+    Injected("node dies", "lost_node", nothing, where="spot", strikes="kill", small=True),
     Injected("node is taken back", "preemption", nothing, where="spot", strikes="drain"),
 ]
 # A loss that diverges is no fault of a process, so it stands beside the twenty.
@@ -324,7 +325,7 @@ def trainer(job: Job, fault: Injected) -> TorchTrainer:
 
 
 def main() -> int:
-    asked = [fault for fault in SUITE + BESIDE if fault.quick or not quick()]
+    asked = [fault for fault in SUITE + BESIDE if fault.small or not small()]
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     os.environ |= {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

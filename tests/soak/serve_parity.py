@@ -21,12 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.endpoint import MODEL, serving, tiny_model
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.checkpoint.export import export as write
 from raymodels.checkpoint.layout import open_checkpoint
 from raymodels.config import Config, load
 from raymodels.data.prepare import prepare
 from raymodels.testing import run_ranks, train_here
+from tests.soak.size import small
 
 WORDS = ["def ", "return ", "größer ", "naïve ", "日本語 ", "🙂", "👍🏽", "for x in ", "Ω", "\n    ", "模型 "]
 PROMPTS = 50
@@ -47,7 +48,7 @@ def logit_difference(stage: int, folder: Path) -> float:
     overrides = [f"run.storage={folder}/{stage}", f"data.prepared={folder}", f"zero.stage={stage}", "publish=null"]
     overrides += ["train.steps=4", "train.warmup_steps=0", "eval.samples=8", "data.eval_fraction=0.2"]
     overrides += [f"data.source={sysconfig.get_path('stdlib')}/asyncio/*.py", "data.tokenizer.vocab_size=1024"]
-    config = load(Path(__file__).parents[1] / "jobs/configs/demo.yaml", overrides)
+    config = load(Path(__file__).parents[2] / "jobs/configs/demo.yaml", overrides)
     logits = run_ranks(trained_logits, 2, config, prepare(config).place)[0]
     exported = write(open_checkpoint(config.place), folder / f"exported-{stage}")
     with torch.no_grad():
@@ -95,7 +96,7 @@ def streamed(http: httpx.Client, **fields: Any) -> str:
 
 
 def main() -> int:
-    hidden, layers, max_tokens = (64, 2, 24) if quick() else (256, 6, 64)
+    hidden, layers, max_tokens = (64, 2, 24) if small() else (256, 6, 64)
     with tempfile.TemporaryDirectory() as temporary:
         logits = [logit_difference(stage, Path(temporary)) for stage in range(4)]
         folder = Path(temporary) / "export"

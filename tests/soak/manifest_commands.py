@@ -1,7 +1,7 @@
 """The commands of the RayJob, the RayService and the RayCronJob, run as they stand in the rendered manifests.
 
-`k8s/overlays/local` is rendered, and each of its pods gets a host of its own (`benchmarks.hosts`: needs root), on
-which its container runs the command that KubeRay's operator writes for it (`benchmarks.pods`): `ray start` with the
+`k8s/overlays/local` is rendered, and each of its pods gets a host of its own (`tests.soak.hosts`: needs root), on
+which its container runs the command that KubeRay's operator writes for it (`tests.soak.pods`): `ray start` with the
 token, the submitter's script with the entrypoint in it. What the job has published is then served by a second cluster,
 to which serveConfigV2 is sent as the operator sends it, and called with an API key. The entrypoint of the nightly
 evaluation, from `production-nightly`, runs on the job's cluster. No command is changed: smaller configs lie at the
@@ -31,9 +31,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks import hosts, pods
-from benchmarks.hosts import Host, network
-from benchmarks.pods import (
+from benchmarks.report import Bar, report
+from raymodels.config import dump, load
+from raymodels.k8s import files, kustomize
+from raymodels.registry import Registry
+from tests.soak import hosts, pods
+from tests.soak.hosts import Host, network
+from tests.soak.pods import (
     AGENT_PORT,
     BASH,
     DASHBOARD_PORT,
@@ -45,12 +49,9 @@ from benchmarks.pods import (
     serve_probe,
     submission,
 )
-from benchmarks.report import Bar, quick, report
-from raymodels.config import dump, load
-from raymodels.k8s import files, kustomize
-from raymodels.registry import Registry
+from tests.soak.size import small
 
-K8S = Path(__file__).parents[1] / "k8s"
+K8S = Path(__file__).parents[2] / "k8s"
 CLI = str(Path(sys.executable).parent / "raymodels")
 LONGEST_S = 300.0
 SAMPLE_S = 0.3
@@ -280,7 +281,7 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    steps = 20 if quick() else 100
+    steps = 20 if small() else 100
     why = "" if shutil.which("kubectl") or shutil.which("kustomize") else "kubectl is not installed"
     if why := why or hosts.missing() or pods.missing():
         print(f"skipped: {why}")

@@ -29,14 +29,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.report import Bar, quick, report
-from benchmarks.saving_ranks import PHASES, WORKERS, Board, load_deepspeed, rank_main, undisturbed
+from benchmarks.report import Bar, report
 from raymodels import manifest
 from raymodels.checkpoint import layout
 from raymodels.config import Config, validate
 from raymodels.data.prepare import prepare
 from raymodels.errors import IntegrityError
 from raymodels.testing import PRELOAD, run_ranks
+from tests.soak.saving_ranks import PHASES, WORKERS, Board, load_deepspeed, rank_main, undisturbed
+from tests.soak.size import small
 
 STEPS = 1000
 MODEL = "transformers.models.llama.modeling_llama"  # imported once, for all ranks to be forked with
@@ -240,7 +241,7 @@ def flips_deepspeed(config: Config, prepared: str, count: int, seed: int) -> Cou
 
 
 def main() -> int:
-    kills, their_kills, flips, their_flips = (20, 6, 40, 20) if quick() else (200, 40, 200, 40)
+    kills, their_kills, flips, their_flips = (20, 6, 40, 20) if small() else (200, 40, 200, 40)
     os.environ["DS_ACCELERATOR"] = "cpu"  # before the server imports DeepSpeed
     multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, MODEL])
     forkserver.ensure_running()

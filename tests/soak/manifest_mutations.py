@@ -22,12 +22,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.manifest_mistakes import MISTAKES, REMOVED, Mistake, keys_of
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.k8s import kustomize
 from raymodels.k8s.check import Checked, beside_checkout, check
+from tests.soak.manifest_mistakes import MISTAKES, REMOVED, Mistake, keys_of
+from tests.soak.size import small
 
-K8S = Path(__file__).parents[1] / "k8s"
+K8S = Path(__file__).parents[2] / "k8s"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     known: dict[str, dict[str, Any]] = {}
     outcomes = []
-    for mistake in MISTAKES[:: 4 if quick() else 1]:
+    for mistake in MISTAKES[:: 4 if small() else 1]:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place).resolve()
             told = kustomization(mistake, rendered(mistake.overlay, known), folder)

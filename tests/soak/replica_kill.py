@@ -20,7 +20,8 @@ from typing import Any
 import aiohttp
 
 from benchmarks.endpoint import Outcome, client, replica_processes, request, serving, tiny_model
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
+from tests.soak.size import small
 
 CLIENTS = 8
 REPLICAS = 2
@@ -71,7 +72,7 @@ async def measure(url: str, count: int) -> tuple[dict[bool, list[Outcome]], list
 
 
 def main() -> int:
-    count = 3 if quick() else 20
+    count = 3 if small() else 20
     with tempfile.TemporaryDirectory() as temporary:
         model_dir = tiny_model(Path(temporary) / "model")
         model = {"cpus": 0.5, "autoscaling": {"min_replicas": REPLICAS, "max_replicas": REPLICAS}}

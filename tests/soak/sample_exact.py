@@ -1,11 +1,11 @@
 """Which samples are really fed in which step: the same on any number of workers, through deaths and resumes.
 
-Runs of 300 steps (``--quick``: 60) over a small corpus, so that two epochs end within them: undisturbed on one worker,
-on 1 to 4 with a death and a resume in the middle, and with three deaths and another number of workers after each. They
-die some steps after a save, so steps are done again. Compared are the digests in the runs' reports, step by step, and
-the ids with which the loop has really read samples: in each epoch every sample once. Ids do not depend on the model, so
-it is the tiniest. (Dropout draws from seeds that go by the rank: with it samples are still the same, but losses are
-equal at an unchanged number of workers only.)
+Runs of 300 steps (``--size small``: 60) over a small corpus, so that two epochs end within them: undisturbed on one
+worker, on 1 to 4 with a death and a resume in the middle, and with three deaths and another number of workers after
+each. They die some steps after a save, so steps are done again. Compared are the digests in the runs' reports, step by
+step, and the ids with which the loop has really read samples: in each epoch every sample once. Ids do not depend on the
+model, so it is the tiniest. (Dropout draws from seeds that go by the rank: with it samples are still the same, but
+losses are equal at an unchanged number of workers only.)
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.config import Config, validate
 from raymodels.data.dataset import Split, open_prepared
 from raymodels.data.order import sample_ids
 from raymodels.data.prepare import prepare
 from raymodels.data.shards import Int64s
 from raymodels.testing import run_ranks
+from tests.soak.size import small
 
 BATCH = 11  # which none of 2, 3 and 4 workers divides
 EPOCHS_ENDED = 2
@@ -174,7 +175,7 @@ def plans(steps: int, only: list[int]) -> dict[str, list[tuple[int, int]]]:
 
 
 def main() -> int:
-    steps, only = (60, [3]) if quick() else (300, [1, 2, 3, 4])
+    steps, only = (60, [3]) if small() else (300, [1, 2, 3, 4])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

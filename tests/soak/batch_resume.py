@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import tiny_model
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry
 from raymodels.serve.engine import GenerateRequest, Sampling
 from raymodels.serve.transformers_engine import TransformersEngine
+from tests.soak.size import small
 
 MAX_TOKENS = 16
 POLL_S = 0.02
@@ -84,7 +85,7 @@ def text_of(answer: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    lines = 400 if quick() else 2000
+    lines = 400 if small() else 2000
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tiny_model(folder / "model")

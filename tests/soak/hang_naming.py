@@ -25,10 +25,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.train.heartbeat import Heart, read_beats
 from raymodels.train.verdict import SKIPPED, STOPPED, STUCK, Bounds, Slow, Verdict, median_step
 from raymodels.train.watch import POLL_SECONDS, Monitor, Sentry
+from tests.soak.size import small
 
 KINDS = {
     "stop": STOPPED,
@@ -324,7 +325,7 @@ def plans(count: int, draw: random.Random) -> list[Plan]:
 
 
 def main() -> int:
-    few = quick()
+    few = small()
     draw, rows = random.Random(7), list[dict[str, Any]]()
     for plan in plans(3 if few else 20, draw):
         named, seconds, bound = inject(plan, draw)

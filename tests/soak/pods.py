@@ -3,7 +3,7 @@
 A container has a root folder of its own, which is the machine's with the image's /app and the pod's volumes at their
 paths; the environment variables of its manifest and of the operator; the machine's Python. Not its user, whom a
 machine need not let into the folders of its Python, and no limits of CPU and memory. The autoscaler, which talks to
-Kubernetes, is left out. Needs what `benchmarks.hosts` needs.
+Kubernetes, is left out. Needs what `tests.soak.hosts` needs.
 
 Source of the commands: ray-operator/controllers/ray/common/pod.go and job.go of KubeRay 1.7.
 """
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from benchmarks.hosts import Host
 from cluster.build_root import DOCKERFILE, STAND_INS, Builder, Image
 from cluster.dockerfile import order, parse
 from raymodels.k8s import files
 from raymodels.k8s.quantities import amount
+from tests.soak.hosts import Host
 
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT, METRICS_PORT = 6379, 8265, 52365, 8080
 BASH = ["/bin/bash", "-c", "--"]

@@ -1,6 +1,6 @@
 """Three hosts with addresses of their own: train over them, serve from them, call between them; one is cut off twice.
 
-The hosts are network namespaces of this machine (`benchmarks.hosts`): it needs root. A ZeRO-3 run over all three (gloo
+The hosts are network namespaces of this machine (`tests.soak.hosts`): it needs root. A ZeRO-3 run over all three (gloo
 over their cables) loses one when its cable is pulled, goes on with two, takes it back, and is stopped some steps later;
 another run is left in peace up to the same step. What the first one published is then served by a replica on each host,
 and called from the second while the third is cut off once more.
@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import MODEL, Outcome, client, request
-from benchmarks.hosts import RAY_PORT, Host, missing, network, ray_cluster, signal_inside
 from benchmarks.recovery import weights_difference
 from benchmarks.report import Bar, report
 from raymodels.checkpoint.layout import open_checkpoint
 from raymodels.config import Config, load
 from raymodels.errors import Stopped
+from tests.soak.hosts import RAY_PORT, Host, missing, network, ray_cluster, signal_inside
+from tests.soak.size import add_size
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLI = str(Path(sys.executable).parent / "raymodels")
 HTTP_PORT = 8000
 DEADLINE_S = 30.0
@@ -164,7 +165,7 @@ def serve_through(
     command = [
         sys.executable,
         "-m",
-        "benchmarks.three_hosts",
+        "tests.soak.three_hosts",
         "--call",
         f"http://{hosts[0].address}:{HTTP_PORT}",
         str(found),
@@ -227,7 +228,7 @@ async def call(url: str, found: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="fewer steps before the cut")
+    add_size(parser, "fewer steps before the cut")
     parser.add_argument("--call", nargs=2, metavar=("URL", "FILE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.call:
@@ -250,7 +251,7 @@ def main() -> int:
                 "PYTHONPATH": str(ROOT),
             }
             with ray_cluster(hosts, folder, 1, env):
-                steps = 10 if asked.quick else 100  # before the cut
+                steps = 10 if asked.size == "small" else 100  # before the cut
                 trained, difference = train_through(hosts, folder, steps, env)
                 served, outcomes, cut = serve_through(hosts, folder, env)
     late = [outcome for sent, outcome in outcomes if sent >= cut + DEADLINE_S]

@@ -24,6 +24,7 @@ from benchmarks.report import Bar, report
 from benchmarks.smollm2 import smollm2
 from raymodels.errors import RegistryError
 from raymodels.registry import Registry
+from tests.soak.size import add_size
 
 try:
     import lm_eval
@@ -33,7 +34,7 @@ except ImportError:
 
 TASK = "first_line"
 DEMO = "python-demo@prod"
-ITEMS, QUICK_ITEMS = 320, 60
+ITEMS, SMALL_ITEMS = 320, 60
 METRICS = ("acc", "acc_norm")
 
 
@@ -54,7 +55,7 @@ class Evaluation:
 
 def evaluate(kind: str, items: int, **args: Any) -> Evaluation:
     """Run one of lm-eval's kinds of model, with its arguments, on the task."""
-    folder = str(Path(__file__).parent / "eval_task")
+    folder = str(Path(__file__).parents[2] / "benchmarks/eval_task")
     tasks = TaskManager(include_path=folder, include_defaults=False, metadata={"items": items})
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
@@ -111,11 +112,11 @@ def differences(own: Evaluation, served: Evaluation) -> dict[str, Any]:
     }
 
 
-def models(named: list[str], quick: bool, folder: Path) -> dict[str, Path]:
+def models(named: list[str], small: bool, folder: Path) -> dict[str, Path]:
     """Those named on the command line; else SmolLM2-135M and the demo's model, or a random one where there is none."""
     if named:
         return {place: Path(place) for place in named}
-    if quick:
+    if small:
         return {"random": tiny_model(folder / "random")}
     try:
         other = {"demo": Path(Registry("registry").resolve(DEMO).fetch())}
@@ -126,12 +127,12 @@ def models(named: list[str], quick: bool, folder: Path) -> dict[str, Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items, a tiny model, 16 requests at once")
+    add_size(parser, f"{SMALL_ITEMS} items, a tiny model, 16 requests at once")
     parser.add_argument("--model", action="append", default=[], help="a model's directory; may be given again")
     asked = parser.parse_args()
-    items, concurrencies = (QUICK_ITEMS, [16]) if asked.quick else (ITEMS, [1, 16])
+    items, concurrencies = (SMALL_ITEMS, [16]) if asked.size == "small" else (ITEMS, [1, 16])
     with tempfile.TemporaryDirectory() as folder:
-        found = models(asked.model, asked.quick, Path(folder))
+        found = models(asked.model, asked.size == "small", Path(folder))
         rows = [row for name, place in found.items() for row in compare(name, place, items, concurrencies)]
     bars = []
     for row in rows:

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
 from raymodels.checkpoint import layout
 from raymodels.config import Config, validate
 from raymodels.data.prepare import prepare
 from raymodels.testing import run_ranks, train_here
+from tests.soak.size import small
 
 SAVED, STEPS = 10, 30
 UNEQUAL = "DIFFERENT"
@@ -55,7 +56,7 @@ def pairs(stages: Iterable[tuple[int, int]], workers: Iterable[tuple[int, int]])
 
 
 FULL = pairs(STAGES, WORKERS) + pairs(WITH_STAGE_0, [(2, 3), (2, 1)])
-QUICK = pairs([(1, 1), (2, 2), (3, 3), (1, 3), (3, 2)], [(2, 3)]) + pairs([(2, 2)], [(2, 1)])
+SMALL = pairs([(1, 1), (2, 2), (3, 3), (1, 3), (3, 2)], [(2, 3)]) + pairs([(2, 2)], [(2, 1)])
 
 
 @dataclass
@@ -227,7 +228,7 @@ def main() -> int:
             text = " ".join(draw.choices(WORDS, k=draw.randint(5, 300)))
             (Path(folder) / "corpus" / f"{number}.txt").write_text(text)
         matrix = Matrix(Path(folder))
-        for before, after in QUICK if quick() else FULL:
+        for before, after in SMALL if small() else FULL:
             rows.append(matrix.row(before, after))
             print(time.strftime("%X"), *rows[-1].values(), file=sys.stderr, flush=True)
     bars = [

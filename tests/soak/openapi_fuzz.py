@@ -19,14 +19,15 @@ import time
 from pathlib import Path
 
 from benchmarks.endpoint import serving, tiny_model
-from benchmarks.report import Bar, quick, report
+from benchmarks.report import Bar, report
+from tests.soak.size import small
 
 CONTEXT = 1 << 16
 CASES = re.compile(r"([\d,]+) generated(?:, ([\d,]+) found [\d,]+ unique failures)?")
 
 
 def main() -> int:
-    examples, wanted = (10, 300) if quick() else (150, 2_000)
+    examples, wanted = (10, 300) if small() else (150, 2_000)
     with tempfile.TemporaryDirectory() as temporary:
         http = {"max_output_tokens": 8, "access_log": False}
         model = {"cpus": 1, "engine": {"max_batch": 8}}
@@ -49,7 +50,7 @@ def fuzz(page: str, examples: int) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "st"), "run", page, "--mode", "all", "--checks", "all"]
     command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", "1"]
     command += ["--continue-on-failure", "--request-timeout", "60", "--suppress-health-check", "all", "--no-color"]
-    hooks = {"SCHEMATHESIS_HOOKS": "tests.unit.schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parents[1])}
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.unit.schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, env=os.environ | hooks, capture_output=True, text=True, check=False)
 
 
