@@ -7,7 +7,6 @@ that ending a call costs a millisecond, and what a call has allocated is gone af
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -25,8 +24,6 @@ PATIENCE, PATIENCE_S = 10, 5
 """On a busy machine, a call may take so many times its seconds, and at least this long."""
 DYING_S = 1
 """Longest between the end of a process's socket and its own, which tells why."""
-PIECE = 2**18
-"""Bytes handed to the event loop's transport at once, which copies what the socket does not take."""
 
 
 class Unfinished(RaymodelsError):
@@ -43,6 +40,10 @@ class TooLarge(Unfinished):
 
 class Failed(Unfinished):
     """It raised, or its process died; the message is the exception's or the signal's name."""
+
+
+class Lost(Failed):
+    """The worker itself died or did not start: nothing is known of the data."""
 
 
 class Busy(Unfinished):
@@ -73,7 +74,7 @@ class Confined:
         """Start all workers ahead; else the first calls do.
 
         Raises:
-            Failed: the function cannot be imported; the worker's standard error, which is ours, says why.
+            Lost: the function cannot be imported; the worker's standard error, which is ours, says why.
         """
         while len(self._idle) + len(self._calls) < self._count:
             self._idle.append(_Worker(self._command))
@@ -83,7 +84,7 @@ class Confined:
         """What the function returns. Should the caller be cancelled, the call ends by itself, within its seconds.
 
         Raises:
-            TooLong, TooLarge, Failed, Busy: it did not return.
+            TooLong, TooLarge, Failed, Lost, Busy: it did not return.
         """
         await self._free.acquire()
         call = asyncio.create_task(self._call(data, self._seconds if seconds is None else seconds))
@@ -118,7 +119,7 @@ class Confined:
         except (EOFError, ConnectionError):
             died = await worker.end(DYING_S)
             self._idle.append(_Worker(self._command))
-            raise Failed(died) from None
+            raise Lost(died) from None
         except BaseException:
             await worker.end()
             raise
@@ -159,26 +160,27 @@ class _Worker:
                 env=_environment(),
                 start_new_session=True,  # it gets no signals of our terminal
             )
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._socket.setblocking(False)
+        self._ready = False
 
     async def ready(self) -> None:
         """Wait until it has imported its function.
 
         Raises:
-            Failed: it has not.
+            Lost: it has not.
         """
-        if self._streams is not None:
+        if self._ready:
             return
         try:
             async with asyncio.timeout(START_S):
-                self._streams = await asyncio.open_unix_connection(sock=self._socket)
-                await self._streams[0].readexactly(1)
+                await self._receive(1)
         except (TimeoutError, EOFError, ConnectionError) as error:
             died = await self.end(0 if isinstance(error, TimeoutError) else DYING_S)
-            raise Failed(f"it did not start: {died}") from None
+            raise Lost(f"it did not start: {died}") from None
         except BaseException:
             await self.end()
             raise
+        self._ready = True
 
     @property
     def dead(self) -> bool:
@@ -186,14 +188,25 @@ class _Worker:
 
     async def call(self, data: bytes, seconds: float) -> tuple[int, bytes]:
         """The status of a call, and its answer."""
-        assert self._streams is not None
-        reader, writer = self._streams
-        writer.write(CALL.pack(len(data), seconds))
-        for at in range(0, len(data), PIECE):
-            writer.write(memoryview(data)[at : at + PIECE])
-            await writer.drain()
-        status, size = ANSWER.unpack(await reader.readexactly(ANSWER.size))
-        return status, await reader.readexactly(size)
+        await self._send(CALL.pack(len(data), seconds))
+        await self._send(data)
+        status, size = ANSWER.unpack(await self._receive(ANSWER.size))
+        return status, bytes(await self._receive(size))
+
+    async def _send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    async def _receive(self, size: int) -> bytearray:
+        """Exactly so many bytes; raises EOFError where there are no more."""
+        received, loop = bytearray(size), asyncio.get_running_loop()
+        left = memoryview(received)
+        while left:
+            count = await loop.sock_recv_into(self._socket, left)
+            if not count:
+                raise EOFError
+            left = left[count:]
+            await asyncio.sleep(0)  # the loop does not wait where there are bytes
+        return received
 
     async def end(self, wait_s: float = 0) -> str:
         """Kill it, unless it dies by itself in so many seconds; says how it died."""
@@ -202,10 +215,6 @@ class _Worker:
             if time.monotonic() >= until:
                 self._process.kill()
             await asyncio.sleep(0.001)
-        if self._streams is not None:
-            self._streams[1].close()
-            with contextlib.suppress(OSError):
-                await self._streams[1].wait_closed()
         self._socket.close()
         code = self._process.returncode
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"

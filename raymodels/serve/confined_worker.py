@@ -24,8 +24,8 @@ ANSWER = Struct("<BQ")
 """Before an answer: its status, and its size in bytes."""
 NICENESS = 5
 """Added to the server's: what is large may wait for what is small."""
-STACK = 4 * 2**20
-"""Bytes; half of a thread's, so that what passes here does not overflow a thread's stack elsewhere."""
+STACK = 2**20
+"""Bytes; less than any thread has, so that what passes here does not overflow a stack elsewhere."""
 PR_SET_PDEATHSIG = 1
 
 Function = Callable[[bytes], bytes]
@@ -87,7 +87,7 @@ def _call(pipe: socket.socket, function: Function, data: bytes, seconds: float, 
 
 
 def _limited(function: Function, data: bytes, seconds: float, memory_bytes: int) -> tuple[Status, bytes]:
-    most = _allocated() + memory_bytes
+    most = allocated() + memory_bytes
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))
     resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
@@ -111,7 +111,7 @@ def _cause(ended_by: int) -> tuple[Status, bytes]:
     return Status.FAILED, signal.Signals(ended_by).name.encode()
 
 
-def _allocated() -> int:
+def allocated() -> int:
     """Bytes that RLIMIT_DATA counts now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     [data] = [line for line in lines if line.startswith("VmData:")]

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 import psutil
 import pytest
 
-from raymodels.serve.confined import Busy, Confined, Failed, TooLarge, TooLong, Unfinished
+from raymodels.serve.confined import Busy, Confined, Failed, Lost, TooLarge, TooLong, Unfinished
 
 MIB = 2**20
 
@@ -76,7 +76,7 @@ def test_a_function_may_be_made_of_arguments_once() -> None:
         (b"end 9", TooLarge, "takes more than 64 MiB"),
         (b"overflow", Failed, "SIGSEGV"),
         (b"raise secret", Failed, "ValueError"),
-        (b"orphan", Failed, "SIGKILL"),
+        (b"orphan", Lost, "SIGKILL"),
     ],
 )
 def test_whatever_a_call_does_only_it_ends(data: bytes, error: type[Unfinished], message: str) -> None:
@@ -148,7 +148,7 @@ def test_the_loop_goes_on_meanwhile() -> None:
     async def main() -> None:
         async with confined() as pool:
             await pool.start()
-            call = asyncio.create_task(pool.call(b"echo " + bytes(30 * MIB)))
+            call = asyncio.create_task(pool.call(b"echo " + bytes(16 * MIB)))
             longest, before = 0.0, time.monotonic()
             while not call.done():
                 await asyncio.sleep(0)
@@ -161,9 +161,9 @@ def test_the_loop_goes_on_meanwhile() -> None:
 def test_a_function_that_cannot_be_imported_is_a_failure() -> None:
     async def main() -> None:
         async with confined("nothing") as pool:
-            with pytest.raises(Failed, match="exit code 1"):
+            with pytest.raises(Lost, match="exit code 1"):
                 await pool.start()
-            with pytest.raises(Failed):
+            with pytest.raises(Lost):
                 await pool.call(b"")
 
     asyncio.run(main())
