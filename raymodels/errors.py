@@ -32,11 +32,18 @@ Broken invariants are assertions, and everything else propagates as it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RaymodelsError(Exception):
     """Base of all errors above. ``exit_code`` is what the command line exits with."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own calls the class with the message alone, and fails where it takes more: all of these may be raised
+        # in one process and caught in another.
+        return _again, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(RaymodelsError):
@@ -92,12 +99,9 @@ class Diverged(TrainingError):
     """
 
     def __init__(self, message: str, back_to: int | None = None, drop: tuple[int, int] | None = None) -> None:
-        super().__init__(message, back_to, drop)  # all of them, so that it survives pickling
+        super().__init__(message)
         self.back_to = back_to
         self.drop = drop
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Stopped(RaymodelsError):
@@ -173,3 +177,11 @@ class Overloaded(StatusError):
 
 class ServerFailed(StatusError):
     pass
+
+
+def _again(kind: type[RaymodelsError], args: tuple[Any, ...], fields: dict[str, Any]) -> RaymodelsError:
+    """An error as it was pickled."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

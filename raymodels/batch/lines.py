@@ -99,9 +99,12 @@ class NoRequest(Exception):
     """A line that does not get as far as being a request; ``code`` is what OpenAI calls the reason."""
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(code, message, custom_id)  # all of them, so that it survives pickling
         self.code = code
         self.custom_id = custom_id
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def index(place: str) -> Input:

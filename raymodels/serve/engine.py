@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -168,11 +168,20 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def compile(self, grammar: Grammar) -> None:
-        """Compile a grammar ahead, in any thread: `generate` would do so itself, while nothing else goes on.
+    async def compile(self, grammar: Grammar) -> Grammar:
+        """The grammar, compiled, as `generate` takes it: given another, it compiles it while nothing else goes on.
 
         Raises:
-            InvalidRequest: it cannot be compiled; says why.
+            InvalidRequest: it cannot be compiled, or takes too long or too much memory; says why.
+            QueueFull: it could be later.
+        """
+
+    @abstractmethod
+    async def faults(self, grammars: Sequence[Grammar]) -> list[str | None]:
+        """Why each of some grammars cannot be compiled, or none where it can; tells in seconds.
+
+        Raises:
+            QueueFull: it could later.
         """
 
     @abstractmethod

@@ -67,6 +67,8 @@ JSON = "application/json"
 DESCRIBE_S, STATS_S, FIGURES_S = 2.0, 1.0, 3.0
 FRESH_S = 1.0
 """How old what is known of the replicas may be when models are listed."""
+IGNORED = "X-Raymodels-Ignored"
+"""The header that names the fields that an answer does not follow."""
 SERVER_SENT_EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
@@ -341,9 +343,10 @@ class Gateway:
         visit.usage = call.usage
         check_prompt(call.usage.prompt_tokens, visit.tenant, self._http)
         answer = answer_to(request)
+        ignored = {IGNORED: ", ".join(call.ignored)} if call.ignored else {}
         if request.stream:
             visit.status = CLIENT_LEFT  # until the stream has been sent to its end
-            return StreamingResponse(_events(request, answer, call, visit), headers=SERVER_SENT_EVENTS)
+            return StreamingResponse(_events(request, answer, call, visit), headers=SERVER_SENT_EVENTS | ignored)
         deltas = await call.whole(visit.got)
         visit.usage = call.usage
-        return JSONResponse(answer.whole(deltas, call.usage))
+        return JSONResponse(answer.whole(deltas, call.usage), headers=ignored)

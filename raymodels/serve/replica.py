@@ -18,7 +18,8 @@ from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
 from raymodels.serve.answers import token_name
-from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull
+from raymodels.serve.enforcement import enforced
+from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, Grammar, InvalidRequest, QueueFull
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.pace import Pace
@@ -42,9 +43,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first item of an answer: the request is queued. ``prompt_tokens`` is the sum over all prompts."""
+    """The first item of an answer: the request is queued. ``prompt_tokens`` is the sum over all prompts.
+
+    ``ignored`` names fields that the answer does not follow.
+    """
 
     prompt_tokens: int
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Replica:
     async def generate(
         self, request: Request, waiting: Waiting = NOBODY, adapter: str | None = None
     ) -> AsyncIterator[Item]:
-        """Answer one request: `Accepted` and then lists of deltas, or a single `Problem`.
+        """Answer one request: `Accepted` and then lists of deltas; a `Problem` instead, or where it ends early.
 
         Deltas of several prompts are numbered through: choice ``c`` of prompt ``p`` is ``p * n + c``. Closing the
         iterator frees all that the request holds.
@@ -144,14 +149,13 @@ class Replica:
         self._load.arrived(choices)
         try:
             try:
-                if parts[0].grammar:
-                    await asyncio.to_thread(self._engine.compile, parts[0].grammar)
-                streams = [self._engine.generate(part) for part in parts]
+                grammar, ignored = await self._grammar(request)
+                streams = [self._engine.generate(replace(part, grammar=grammar)) for part in parts]
             except (InvalidRequest, QueueFull) as error:
                 yield _problem(error, request)
                 return
             accepted = True
-            yield Accepted(sum(len(part.tokens) for part in parts))
+            yield Accepted(sum(len(part.tokens) for part in parts), ignored)
             if echoed := self._echo(request):
                 yield echoed
             offsets = [len(delta.text) for delta in echoed] or [0] * request.n * len(parts)
@@ -162,6 +166,8 @@ class Replica:
                         began = 0.0
                     placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
                     yield [_shifted(delta, offsets) for delta in placed]
+        except InvalidRequest as error:  # a grammar could not be followed to its end
+            yield _problem(error, request)
         finally:
             if accepted:
                 self._load.left(choices)
@@ -229,6 +235,12 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces the replica when this raises."""
         self._engine.check()
+
+    async def _grammar(self, request: Request) -> tuple[Grammar | None, tuple[str, ...]]:
+        """What each choice's text must match, and the fields that it leaves out; raises as `enforced`."""
+        if not isinstance(request, ChatRequest):
+            return None, ()
+        return await enforced(request, self._translator.tagged, self._engine)
 
     def _echo(self, request: Request) -> list[Delta]:
         """The prompts themselves, as the beginning of every choice's text."""

@@ -212,6 +212,8 @@ class Call:
         self._items: Any = None
         self._open = False
         self.usage = Usage(0)
+        self.ignored: tuple[str, ...] = ()
+        """Fields of the request that the answer does not follow."""
 
     async def accept(self) -> None:
         """Send the request; wait until a replica has taken it or refused it."""
@@ -229,7 +231,7 @@ class Call:
             if isinstance(first, Problem):
                 raise Refused(first)
             assert isinstance(first, Accepted)
-            self.usage.prompt_tokens = first.prompt_tokens
+            self.usage.prompt_tokens, self.ignored = first.prompt_tokens, first.ignored
             return
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
@@ -293,10 +295,12 @@ class Call:
 
     async def _timely(self) -> list[Delta] | None:
         try:
-            deltas: list[Delta] | None = await self._next(self._deadline)
+            item: list[Delta] | Problem | None = await self._next(self._deadline)
         except TimeoutError as error:
             raise _late() from error
-        return deltas
+        if isinstance(item, Problem):
+            raise Refused(item)
+        return item
 
     async def _next(self, deadline: float) -> Any:
         """The next item; none at the end. Raises TimeoutError at the deadline."""

@@ -58,8 +58,11 @@ class Refused(Exception):
     """Ends a request with a problem."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
+        super().__init__(problem)  # all of it, so that it survives pickling
         self.problem = problem
+
+    def __str__(self) -> str:
+        return self.problem.message
 
 
 class StreamOptions(Wire):

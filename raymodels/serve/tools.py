@@ -15,7 +15,7 @@ import regex  # type: ignore[import-untyped]
 
 from raymodels.serve.conversation import Tool
 from raymodels.serve.engine import Grammar
-from raymodels.serve.grammar import JSON
+from raymodels.serve.grammar_rules import json_rule
 from raymodels.serve.schema import ChatRequest
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -39,11 +39,11 @@ def grammar_of(request: ChatRequest, tagged: bool) -> Grammar | None:
 
 
 def _lark(tools: list[Tool], tagged: bool, forced: bool, several: bool, schema: Json | None) -> str:
-    rules = ["%llguidance {}", "call: " + " | ".join(f"call_{at}" for at in range(len(tools)))]
+    rules = ["call: " + " | ".join(f"call_{at}" for at in range(len(tools)))]
     for at, tool in enumerate(tools):
         head = json.dumps('{"name": ' + json.dumps(tool.function.name) + ', "arguments": ')
         rules.append(f'call_{at}: {head} arguments_{at} "}}"')
-        rules.append(f"arguments_{at}: {_json(tool.function.parameters | {'type': 'object'})}")
+        rules.append(f"arguments_{at}: {json_rule(tool.function.parameters | {'type': 'object'})}")
     if not tagged:
         return "\n".join(["start: call", *rules])
     opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
@@ -54,16 +54,12 @@ def _lark(tools: list[Tool], tagged: bool, forced: bool, several: bool, schema: 
         start = f"next{more}"
     elif schema is not None:
         start = f"content | next{more}"
-        rules.append(f"content: {_json(schema)}")
+        rules.append(f"content: {json_rule(schema)}")
     else:
         # A lazy lexeme ends where it first can: once the tag is written, a call follows and no more text.
         start = f"text | first{more}"
         rules += ["text: TEXT", r"TEXT: /(.|\n)*/", f"head[lazy]: TEXT {opening}", "first: head body"]
     return "\n".join([f"start: {start}", *rules])
-
-
-def _json(schema: Json) -> str:
-    return "%json " + json.dumps({"x-guidance": JSON} | schema)
 
 
 def without_tool_roles(messages: list[Json], tools: Iterable[Tool]) -> list[Json]:

@@ -6,8 +6,9 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
@@ -59,16 +60,20 @@ class TransformersEngine(Engine):
         """See `Engine.generate`."""
         validate(request, self.context, self._model.vocabulary, self._max_batch, self._adapters)
         if request.grammar:
-            self._grammars.compile(request.grammar)
+            request = replace(request, grammar=self._grammars.compile_now(request.grammar))
         with self._wake:
             deltas = self._listeners.add(request)
             self._added.append(request)
             self._wake.notify()
         return deltas
 
-    def compile(self, grammar: Grammar) -> None:
+    async def compile(self, grammar: Grammar) -> Grammar:
         """See `Engine.compile`."""
-        self._grammars.compile(grammar)
+        return await self._grammars.compile(grammar)
+
+    async def faults(self, grammars: Sequence[Grammar]) -> list[str | None]:
+        """See `Engine.faults`."""
+        return await self._grammars.faults(grammars)
 
     async def embed(self, tokens: list[int], adapter: str | None = None) -> list[float]:
         """See `Engine.embed`."""
@@ -108,6 +113,7 @@ class TransformersEngine(Engine):
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._grammars.close()
 
     def _run(self, model_dir: str, config: EngineConfig, adapters: Mapping[str, str], ready: Future[None]) -> None:
         try:

@@ -19,7 +19,7 @@ from raymodels.serve.schema import (
     refused,
 )
 from raymodels.serve.text import Text
-from raymodels.serve.tools import OPEN, grammar_of, without_tool_roles
+from raymodels.serve.tools import OPEN, without_tool_roles
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; a chat goes on to the end of the context."""
@@ -43,8 +43,13 @@ class Translator:
     context: int
     max_choices: int
 
+    @property
+    def tagged(self) -> bool:
+        """Whether the model writes calls of tools between tags."""
+        return OPEN in (self.text.chat_template or "")
+
     def parts(self, request: Request, adapter: str | None) -> list[GenerateRequest]:
-        """One engine request per prompt, for an adapter of the model or for the model alone.
+        """One engine request per prompt, without its grammar, for an adapter of the model or for the model alone.
 
         Raises:
             Refused: 400, names the field.
@@ -89,11 +94,9 @@ class Translator:
         if isinstance(request, ChatRequest):
             max_tokens = request.max_completion_tokens or request.max_tokens or max(1, room)
             logprobs, prompt_logprobs = (request.top_logprobs if request.logprobs else None), None
-            grammar = grammar_of(request, OPEN in (self.text.chat_template or ""))
         else:
             max_tokens = max(1, min(DEFAULT_MAX_TOKENS, room)) if request.max_tokens is None else request.max_tokens
             logprobs, prompt_logprobs = request.logprobs, request.logprobs if request.echo else None
-            grammar = None
         return GenerateRequest(
             id=uuid.uuid4().hex,
             tokens=tokens,
@@ -103,7 +106,6 @@ class Translator:
             stop=request.stops,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            grammar=grammar,
             adapter=adapter,
         )
 

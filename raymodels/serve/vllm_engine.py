@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
@@ -35,6 +35,7 @@ from raymodels.serve.engine import (
     validate,
 )
 from raymodels.serve.grammar import Grammars
+from raymodels.serve.grammar_rules import lark
 from raymodels.serve.listeners import Listeners
 from raymodels.serve.release import placed, released
 from raymodels.serve.text import Text, TextStream
@@ -83,7 +84,7 @@ class VllmEngine(Engine):
         """See `Engine.generate`."""
         validate(request, self.context, self._vocabulary, self._config.max_batch, self._adapters)
         if request.grammar:
-            self._grammars.compile(request.grammar)
+            request = replace(request, grammar=self._grammars.compile_now(request.grammar))
         self.check()
         deltas = self._listeners.add(request)
         self._tokens_in += len(request.tokens)
@@ -91,9 +92,13 @@ class VllmEngine(Engine):
         self._tasks[request.id] = [asyncio.run_coroutine_threadsafe(follow, self._loop) for follow in follows]
         return deltas
 
-    def compile(self, grammar: Grammar) -> None:
+    async def compile(self, grammar: Grammar) -> Grammar:
         """See `Engine.compile`; vLLM compiles what has passed again, in a process of its own."""
-        self._grammars.compile(grammar)
+        return await self._grammars.compile(grammar)
+
+    async def faults(self, grammars: Sequence[Grammar]) -> list[str | None]:
+        """See `Engine.faults`."""
+        return await self._grammars.faults(grammars)
 
     async def embed(self, tokens: list[int], adapter: str | None = None) -> list[float]:
         """See `Engine.embed`; vLLM generates or embeds, not both."""
@@ -120,6 +125,7 @@ class VllmEngine(Engine):
     def close(self) -> None:
         """See `Engine.close`."""
         self._listeners.fail(ServeError("the engine is closed"))
+        self._grammars.close()
         self._loop.call_soon_threadsafe(self._llm.shutdown)
         self._stop()
 
@@ -263,10 +269,7 @@ def _sampling(request: GenerateRequest, index: int) -> Any:
     drawn, grammar = request.sampling, request.grammar
     structured = None
     if grammar is not None:
-        structured = StructuredOutputsParams(
-            **({"json": grammar.text} if grammar.kind == "json_schema" else {"grammar": grammar.text}),
-            disable_any_whitespace=True,
-        )
+        structured = StructuredOutputsParams(grammar=lark(grammar.kind, grammar.text))
     return SamplingParams(
         temperature=drawn.temperature,
         top_p=drawn.top_p,
