@@ -18,7 +18,7 @@ from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
 from raymodels.serve.answers import token_name
-from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull
+from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull, RequestFailed
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.pace import Pace
@@ -129,7 +129,7 @@ class Replica:
     async def generate(
         self, request: Request, waiting: Waiting = NOBODY, adapter: str | None = None
     ) -> AsyncIterator[Item]:
-        """Answer one request: `Accepted` and then lists of deltas, or a single `Problem`.
+        """Answer one request: `Accepted` and then lists of deltas, or a `Problem`, which ends it wherever it comes.
 
         Deltas of several prompts are numbered through: choice ``c`` of prompt ``p`` is ``p * n + c``. Closing the
         iterator frees all that the request holds.
@@ -162,6 +162,8 @@ class Replica:
                         began = 0.0
                     placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
                     yield [_shifted(delta, offsets) for delta in placed]
+        except (InvalidRequest, RequestFailed) as error:
+            yield _problem(error, request)
         finally:
             if accepted:
                 self._load.left(choices)
@@ -177,7 +179,7 @@ class Replica:
             vectors = await asyncio.gather(*(self._engine.embed(tokens, adapter) for tokens in inputs))
         except Refused as error:
             return error.problem
-        except (InvalidRequest, QueueFull) as error:
+        except (InvalidRequest, QueueFull, RequestFailed) as error:
             return _problem(error, request)
         return Embedded(vectors, sum(len(tokens) for tokens in inputs))
 
@@ -245,9 +247,11 @@ def this_process() -> Process:
     return Process(os.getpid(), len(asyncio.all_tasks()))
 
 
-def _problem(error: InvalidRequest | QueueFull, request: Wire) -> Problem:
+def _problem(error: InvalidRequest | QueueFull | RequestFailed, request: Wire) -> Problem:
     if isinstance(error, QueueFull):
         return overloaded(str(error))
+    if isinstance(error, RequestFailed):
+        return Problem(status=500, message=str(error), type="server_error", code="request_failed")
     field = error.field
     if field == "prompt":
         field = {ChatRequest: "messages", EmbeddingRequest: "input"}.get(type(request), field)

@@ -293,9 +293,11 @@ class Call:
 
     async def _timely(self) -> list[Delta] | None:
         try:
-            deltas: list[Delta] | None = await self._next(self._deadline)
+            deltas: list[Delta] | Problem | None = await self._next(self._deadline)
         except TimeoutError as error:
             raise _late() from error
+        if isinstance(deltas, Problem):
+            raise Refused(deltas)
         return deltas
 
     async def _next(self, deadline: float) -> Any:
