@@ -21,7 +21,7 @@ from raymodels.serve.answers import token_name
 from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull, RequestFailed
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
-from raymodels.serve.pace import Pace
+from raymodels.serve.pace import LONGEST_S, Pace
 from raymodels.serve.schema import (
     ChatRequest,
     DetokenizeRequest,
@@ -272,7 +272,10 @@ def _shifted(delta: Delta, offsets: list[int]) -> Delta:
 async def _merged(
     streams: list[AsyncIterator[Delta]], gap_s: Callable[[], float]
 ) -> AsyncIterator[list[tuple[int, Delta]]]:
-    """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``."""
+    """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``.
+
+    The gaps of all answers end at the same moments: pieces that are sent together cost less than one by one.
+    """
     queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
     async def forward(number: int, stream: AsyncIterator[Delta]) -> None:
@@ -288,7 +291,7 @@ async def _merged(
         open_streams, sent = len(tasks), -math.inf
         while open_streams:
             items = [await queue.get()]
-            if (rest := sent + gap_s() - time.monotonic()) > 0:
+            if (rest := _due(sent, gap_s()) - time.monotonic()) > 0:
                 await asyncio.wait(tasks, timeout=None if rest == math.inf else rest)  # what has ended waits no longer
             while not queue.empty():
                 items.append(queue.get_nowait())
@@ -306,6 +309,11 @@ async def _merged(
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _due(sent: float, gap_s: float) -> float:
+    """The end of the gap in which something was sent, as `time.monotonic`; short ones follow without a break."""
+    return (sent // gap_s + 1) * gap_s if 0 < gap_s <= LONGEST_S and sent > 0 else sent + gap_s
 
 
 ModelDeployment = serve.deployment(Replica)
