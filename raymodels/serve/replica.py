@@ -8,8 +8,9 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import serve
 from transformers import AutoConfig
@@ -21,7 +22,7 @@ from raymodels.serve.answers import token_name
 from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, InvalidRequest, QueueFull, RequestFailed
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
-from raymodels.serve.pace import LONGEST_S, Pace
+from raymodels.serve.pace import Pace
 from raymodels.serve.schema import (
     ChatRequest,
     DetokenizeRequest,
@@ -38,6 +39,7 @@ from raymodels.serve.translate import Translator
 from raymodels.serve.wire import Wire
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,8 @@ async def _merged(
 ) -> AsyncIterator[list[tuple[int, Delta]]]:
     """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``.
 
-    The gaps of all answers end at the same moments: pieces that are sent together cost less than one by one.
+    A piece leaves with the first delta after that, which comes when a step of the engine ends: so the pieces of all
+    answers leave together, which costs less than one by one. It waits no longer for it than ``gap_s`` again.
     """
     queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
@@ -291,10 +294,14 @@ async def _merged(
         open_streams, sent = len(tasks), -math.inf
         while open_streams:
             items = [await queue.get()]
-            if (rest := _due(sent, gap_s()) - time.monotonic()) > 0:
+            if (rest := sent + gap_s() - time.monotonic()) > 0:
                 await asyncio.wait(tasks, timeout=None if rest == math.inf else rest)  # what has ended waits no longer
-            while not queue.empty():
-                items.append(queue.get_nowait())
+                items += _taken(queue)
+                if all(isinstance(item, Delta) for _, item in items):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(gap_s()):
+                            items.append(await queue.get())
+            items += _taken(queue)
             deltas = []
             for number, item in items:
                 if isinstance(item, BaseException):
@@ -311,9 +318,8 @@ async def _merged(
             task.cancel()
 
 
-def _due(sent: float, gap_s: float) -> float:
-    """The end of the gap in which something was sent, as `time.monotonic`; short ones follow without a break."""
-    return (sent // gap_s + 1) * gap_s if 0 < gap_s <= LONGEST_S and sent > 0 else sent + gap_s
+def _taken(queue: asyncio.Queue[T]) -> list[T]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 ModelDeployment = serve.deployment(Replica)
