@@ -7,7 +7,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Outcome:
     tokens: int = 0
     first_s: float = 0.0
     total_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    """Between the pieces of the answer."""
 
 
 def client(url: str, timeout_s: float, headers: dict[str, str] | None = None) -> aiohttp.ClientSession:
@@ -142,13 +144,16 @@ def client(url: str, timeout_s: float, headers: dict[str, str] | None = None) ->
 async def request(http: aiohttp.ClientSession, **fields: Any) -> Outcome:
     """Ask for a completion, streamed or not."""
     outcome, start = Outcome(), time.perf_counter()
+    last = 0.0
     body = {"model": MODEL, **fields} | ({"stream_options": {"include_usage": True}} if fields.get("stream") else {})
     try:
         async with http.post("/v1/completions", json=body) as answer:
             outcome.status, content = answer.status, b""
             async for piece in answer.content.iter_any():
-                outcome.first_s = outcome.first_s or time.perf_counter() - start
-                content += piece
+                now = time.perf_counter()
+                outcome.first_s = outcome.first_s or now - start
+                outcome.gaps_s += [now - last] if last else []
+                content, last = content + piece, now
         _judge(outcome, content, answer.headers.get("Content-Type", ""))
     except (aiohttp.ClientError, TimeoutError) as error:
         outcome.error = type(error).__name__

@@ -33,6 +33,10 @@ class QueueFull(RaymodelsError):
     """As many requests wait as may; the same request succeeds later."""
 
 
+class RequestFailed(RaymodelsError):
+    """Computing one request failed; the engine goes on with the others. The message holds nothing of the request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in.
@@ -162,6 +166,8 @@ class Engine(ABC):
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Queue a request now; its deltas follow until every choice has finished. Closing the iterator aborts it.
 
+        The iterator raises `InvalidRequest` where that shows only as the request is computed, and `RequestFailed`.
+
         Raises:
             InvalidRequest: it can never be served.
             QueueFull: it could be later.
@@ -189,7 +195,7 @@ class Engine(ABC):
         """The mean of the last layer's hidden states over a text's tokens, scaled to length 1.
 
         Raises:
-            InvalidRequest, QueueFull: as `generate`.
+            InvalidRequest, QueueFull, RequestFailed: as `generate` and its iterator.
         """
 
     async def score(self, tokens: list[int], adapter: str | None = None) -> list[float]:
@@ -236,6 +242,10 @@ def validate(
         )
     unknown = next((token for token in request.tokens if not 0 <= token < vocabulary), None)
     if unknown is not None:
-        raise InvalidRequest(f"token id {unknown} is not in the vocabulary of {vocabulary}", "prompt")
+        raise InvalidRequest(f"token id {unknown} is not in the model's vocabulary of {vocabulary}", "prompt")
+    unknown = next((token for token, _ in request.sampling.logit_bias if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        message = f"logit_bias: token id {unknown} is not in the model's vocabulary of {vocabulary}"
+        raise InvalidRequest(message, "logit_bias")
     if request.n > max_batch:
         raise InvalidRequest(f"n {request.n} is over the {max_batch} choices decoded at once", "n")

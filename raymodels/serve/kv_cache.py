@@ -4,6 +4,9 @@ Every sequence owns a row of a slab. A slab's tensors, one pair a layer, have sh
 head size); its positions are a power of two, and a sequence that outgrows them moves to a slab of longer rows. So at
 most half of a row is unused, and rows of a slab are attended to together.
 
+Positions that a row has not used are zeros, and those of a row that is given back become zeros again. Attention reads
+some of them and multiplies them by 0, which makes NaN of a NaN: one sequence's would reach the next in its row.
+
 One forward pass takes the new tokens of all sequences packed end to end: the linear layers see one long input and read
 their weights once, and `attend` sends each sequence to its own row. Prompts and running streams share a pass, unpadded.
 """
@@ -25,10 +28,14 @@ Layer = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(eq=False)
 class Row:
-    """A sequence's place. The cache changes ``index`` when it closes a gap, and ``positions`` when the row grows."""
+    """A sequence's place. The cache changes ``index`` when it closes a gap, and ``positions`` when the row grows.
+
+    ``used`` positions, the first ones, may hold something; all others are zeros.
+    """
 
     positions: int
     index: int
+    used: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +140,21 @@ class KVCache:
             new_values[index, :, :used] = values[row.index, :, :used]
         self.free(row)
         target.rows.append(row)
-        row.positions, row.index = target.positions, index
+        row.positions, row.index, row.used = target.positions, index, used
         return True
 
     def free(self, row: Row) -> None:
         """Give a row back. The slab's last row moves into the gap, so that rows stay side by side."""
         slab = self._slabs[row.positions]
         last = slab.rows.pop()
+        gap, end = row.index, last.index
+        for tensor in (tensor for layer in slab.layers for tensor in layer):
+            if last is not row:
+                tensor[gap, :, : last.used] = tensor[end, :, : last.used]
+                tensor[gap, :, last.used : row.used] = 0
+            tensor[end, :, : last.used] = 0
         if last is not row:
-            for keys, values in slab.layers:
-                keys[row.index] = keys[last.index]
-                values[row.index] = values[last.index]
-            slab.rows[row.index], last.index = last, row.index
+            slab.rows[gap], last.index = last, gap
 
     def copy(self, source: Row, target: Row, positions: int) -> None:
         """Make a row's first positions equal to another's."""
@@ -152,6 +162,7 @@ class KVCache:
         for (keys, values), (new_keys, new_values) in zip(olds, news, strict=True):
             new_keys[target.index, :, :positions] = keys[source.index, :, :positions]
             new_values[target.index, :, :positions] = values[source.index, :, :positions]
+        target.used = max(target.used, positions)
 
     def read(self, row: Row, begin: int, end: int) -> torch.Tensor:
         """A copy of a row's positions, shape (layers, 2, heads, positions, head size)."""
@@ -166,6 +177,7 @@ class KVCache:
         ):
             keys[row.index, :, : stored.shape[3]] = new_keys
             values[row.index, :, : stored.shape[3]] = new_values
+        row.used = max(row.used, stored.shape[3])
 
     def plan(self, segments: list[Segment]) -> torch.Tensor:
         """Prepare one forward pass over packed segments: first those of one token, in order of `place`.
@@ -175,6 +187,8 @@ class KVCache:
         """
         positions = torch.tensor([s.position + i for s in segments for i in range(s.count)], device=self.device)
         self._singles, self._chunks, start = [], [], 0
+        for segment in segments:
+            segment.row.used = max(segment.row.used, segment.position + segment.count)
         for count, group in groupby(segments, key=lambda s: s.count if s.count > 1 else -s.row.positions):
             for part in [list(group)] if count < 0 else [[each] for each in group]:
                 packed = slice(start, start + sum(each.count for each in part))
@@ -270,8 +284,7 @@ class KVCache:
         layers, heads, size = self._shape
         kept = len(slab.rows)
         old: list[Layer | tuple[None, None]] = [*slab.layers] or [(None, None)] * layers
-        # Layer by layer, so that no more than one layer is held twice. Zeros and not garbage: what a mask hides is
-        # multiplied by 0, and 0 x NaN is NaN.
+        # Layer by layer, so that no more than one layer is held twice.
         slab.layers = []
         for pair in old:
             new = torch.zeros(2, capacity, heads, slab.positions, size, dtype=self.dtype, device=self.device)

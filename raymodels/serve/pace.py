@@ -1,4 +1,7 @@
-"""How often a stream is sent a piece: at once while a replica has few streams, in larger pieces when it has many."""
+"""How often a stream is sent a piece: at once while a replica has few streams, in larger pieces when it has many.
+
+But never much less often than people notice: `LONGEST_S` bounds the time between two pieces, whatever they cost.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 PIECES_PER_CORE_S = 50.0
 """Pieces a second of one core of the machine. A piece costs a few milliseconds of one on its way to the client."""
 PIECES_PER_COMPUTING_CORE_S = 6.0
-"""The same where the model is computed by the cores, and waits for every one of them: 4 % of its speed."""
+"""The same where the model is computed by the cores, and waits for every one of them."""
+LONGEST_S = 0.2
+"""Most seconds that belong between two pieces of a stream."""
 
 
 class Pace:
@@ -35,6 +40,6 @@ class Pace:
         """
         self._streams += streamed
         try:
-            yield lambda: self._streams / self._pieces_per_s if streamed else math.inf
+            yield lambda: min(self._streams / self._pieces_per_s, LONGEST_S) if streamed else math.inf
         finally:
             self._streams -= streamed

@@ -49,13 +49,16 @@ class PrefixCache:
         return len(found) * BLOCK
 
     def keep(self, tokens: list[int], row: Row, adapter: str | None = None) -> None:
-        """Remember the whole blocks of a text whose keys and values are in a row."""
+        """Remember the whole blocks of a text whose keys and values are in a row, up to one that is not finite."""
         known = self._chain(tokens, adapter)
         parent = known[-1].id if known else adapter
         for begin in range(len(known) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
             if not self._make_room():
                 return
-            block = _Block(next(self._ids), self._cache.read(row, begin, begin + BLOCK))
+            stored = self._cache.read(row, begin, begin + BLOCK)
+            if not stored.sum(dtype=torch.float32).isfinite():  # one NaN or infinity, and the sum is one
+                return
+            block = _Block(next(self._ids), stored)
             self._blocks[parent, tuple(tokens[begin : begin + BLOCK])] = block
             parent = block.id
 

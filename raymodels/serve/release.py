@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from raymodels.serve.engine import Token
-from raymodels.serve.text import Text, TextStream
+from raymodels.serve.text import TextStream
 
 
 def released(unsent: list[Token], stream: TextStream, finished: bool) -> tuple[Token, ...]:
@@ -16,9 +16,9 @@ def released(unsent: list[Token], stream: TextStream, finished: bool) -> tuple[T
     return tuple(ready)
 
 
-def placed(text: Text, prompt: list[Token]) -> tuple[Token, ...]:
-    """A prompt's tokens with their offsets."""
-    stream, found = TextStream(text), []
+def placed(stream: TextStream, prompt: list[Token]) -> tuple[Token, ...]:
+    """The next tokens of a prompt with their offsets; ``stream`` follows the prompt from its beginning."""
+    found = []
     for token in prompt:
         found.append(replace(token, offset=stream.decoded))
         stream.push(token.id)

@@ -8,8 +8,9 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import serve
 from transformers import AutoConfig
@@ -19,7 +20,16 @@ from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
 from raymodels.serve.answers import token_name
 from raymodels.serve.enforcement import enforced
-from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, Grammar, InvalidRequest, QueueFull
+from raymodels.serve.engine import (
+    NO_ADAPTERS,
+    Delta,
+    Engine,
+    EngineStats,
+    Grammar,
+    InvalidRequest,
+    QueueFull,
+    RequestFailed,
+)
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.pace import Pace
@@ -39,6 +49,7 @@ from raymodels.serve.translate import Translator
 from raymodels.serve.wire import Wire
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ class Replica:
     async def generate(
         self, request: Request, waiting: Waiting = NOBODY, adapter: str | None = None
     ) -> AsyncIterator[Item]:
-        """Answer one request: `Accepted` and then lists of deltas; a `Problem` instead, or where it ends early.
+        """Answer one request: `Accepted` and then lists of deltas, or a `Problem`, which ends it wherever it comes.
 
         Deltas of several prompts are numbered through: choice ``c`` of prompt ``p`` is ``p * n + c``. Closing the
         iterator frees all that the request holds.
@@ -166,7 +177,7 @@ class Replica:
                         began = 0.0
                     placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
                     yield [_shifted(delta, offsets) for delta in placed]
-        except InvalidRequest as error:  # a grammar could not be followed to its end
+        except (InvalidRequest, RequestFailed) as error:  # a grammar that could not be followed to its end, say
             yield _problem(error, request)
         finally:
             if accepted:
@@ -183,7 +194,7 @@ class Replica:
             vectors = await asyncio.gather(*(self._engine.embed(tokens, adapter) for tokens in inputs))
         except Refused as error:
             return error.problem
-        except (InvalidRequest, QueueFull) as error:
+        except (InvalidRequest, QueueFull, RequestFailed) as error:
             return _problem(error, request)
         return Embedded(vectors, sum(len(tokens) for tokens in inputs))
 
@@ -257,9 +268,11 @@ def this_process() -> Process:
     return Process(os.getpid(), len(asyncio.all_tasks()))
 
 
-def _problem(error: InvalidRequest | QueueFull, request: Wire) -> Problem:
+def _problem(error: InvalidRequest | QueueFull | RequestFailed, request: Wire) -> Problem:
     if isinstance(error, QueueFull):
         return overloaded(str(error))
+    if isinstance(error, RequestFailed):
+        return Problem(status=500, message=str(error), type="server_error", code="request_failed")
     field = error.field
     if field == "prompt":
         field = {ChatRequest: "messages", EmbeddingRequest: "input"}.get(type(request), field)
@@ -280,7 +293,11 @@ def _shifted(delta: Delta, offsets: list[int]) -> Delta:
 async def _merged(
     streams: list[AsyncIterator[Delta]], gap_s: Callable[[], float]
 ) -> AsyncIterator[list[tuple[int, Delta]]]:
-    """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``."""
+    """Deltas of several streams with their stream's number: the first ones at once, then what came in ``gap_s``.
+
+    A piece leaves with the first delta after that, which comes when a step of the engine ends: so the pieces of all
+    answers leave together, which costs less than one by one. It waits no longer for it than ``gap_s`` again.
+    """
     queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
 
     async def forward(number: int, stream: AsyncIterator[Delta]) -> None:
@@ -298,8 +315,12 @@ async def _merged(
             items = [await queue.get()]
             if (rest := sent + gap_s() - time.monotonic()) > 0:
                 await asyncio.wait(tasks, timeout=None if rest == math.inf else rest)  # what has ended waits no longer
-            while not queue.empty():
-                items.append(queue.get_nowait())
+                items += _taken(queue)
+                if all(isinstance(item, Delta) for _, item in items):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(gap_s()):
+                            items.append(await queue.get())
+            items += _taken(queue)
             deltas = []
             for number, item in items:
                 if isinstance(item, BaseException):
@@ -314,6 +335,10 @@ async def _merged(
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _taken(queue: asyncio.Queue[T]) -> list[T]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 ModelDeployment = serve.deployment(Replica)

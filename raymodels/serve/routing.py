@@ -295,12 +295,12 @@ class Call:
 
     async def _timely(self) -> list[Delta] | None:
         try:
-            item: list[Delta] | Problem | None = await self._next(self._deadline)
+            deltas: list[Delta] | Problem | None = await self._next(self._deadline)
         except TimeoutError as error:
             raise _late() from error
-        if isinstance(item, Problem):
-            raise Refused(item)
-        return item
+        if isinstance(deltas, Problem):
+            raise Refused(deltas)
+        return deltas
 
     async def _next(self, deadline: float) -> Any:
         """The next item; none at the end. Raises TimeoutError at the deadline."""

@@ -13,6 +13,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from raymodels.errors import ServeError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONGEST_BEGINNING = 3
+"""Bytes that a character can lack its end of: those of UTF-8 have at most four."""
+RAW_KEPT = 2**16
+"""Tokens whose bytes are kept: log-probabilities name the same ones again and again."""
 CONTEXT = 8
 """Tokens before a stream that its decoding starts from: some tokenizers drop a space where a text begins."""
 
@@ -35,7 +39,10 @@ class Text:
         self._tokenizer = tokenizer
         self._byte_level = "ByteLevel" in repr(backend.decoder)
         self._special = set(tokenizer.all_special_ids)
+        self._mute = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self.size = len(tokenizer)
+        # The bytes that a token stands for; they may be part of a character.
+        self.raw = lru_cache(maxsize=RAW_KEPT)(self._raw)
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.ends = frozenset(own if ends is None else ends)
 
@@ -102,8 +109,11 @@ class Text:
                 return int(token)
         return None
 
-    def raw(self, id: int) -> bytes:
-        """The bytes that a token stands for; they may be part of a character."""
+    def mute(self, id: int) -> bool:
+        """Whether a token has no text: a special one, or an id of a padded vocabulary that is no token."""
+        return id in self._mute or self.backend.id_to_token(id) is None
+
+    def _raw(self, id: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(id) or ""  # a padded vocabulary has ids without a token
         if id in self._special:
             return piece.encode()
@@ -138,11 +148,13 @@ class TextStream:
 
     def push(self, id: int) -> str:
         """The text that is certain now."""
-        self._window.append(id)
-        text = self.text.decode(self._window)
-        if text.endswith(REPLACEMENT) or len(text) <= len(self._before):
+        if self.text.mute(id):
             return ""
-        fresh = text[len(self._before) :]
+        self._window.append(id)
+        text, begun = self._certain()
+        fresh = self._after(text, begun)
+        if not fresh and len(self._window) - self._settled <= LONGEST_BEGINNING:
+            return ""
         self._window = self._window[self._settled :]
         self._settle()
         return self._accept(fresh, last=False)
@@ -151,12 +163,34 @@ class TextStream:
         """The rest, once no more tokens come; bytes that never became a character are replacement characters."""
         if self.stopped:
             return ""
-        return self._accept(self.text.decode(self._window)[len(self._before) :], last=True)
+        return self._accept(self._after(self.text.decode(self._window), 0), last=True)
+
+    def _certain(self) -> tuple[str, int]:
+        """The window's text without a character that is begun at its end, and how many tokens hold that beginning."""
+        text = self.text.decode(self._window)
+        if not text.endswith(REPLACEMENT):
+            return text, 0
+        held = list(map(self.text.raw, self._window[-LONGEST_BEGINNING:]))
+        end = b"".join(held)[-LONGEST_BEGINNING:]
+        size, begun = next((size for size in range(len(end), 0, -1) if _begins(end[-size:])), 0), 0
+        while size > 0:
+            begun += 1
+            size -= len(held[-begun])
+        if size < 0:  # the token ends another character too: what is begun decodes to one replacement character
+            return text[: -len(REPLACEMENT)], begun
+        return (self.text.decode(self._window[:-begun]) if begun else text), begun
+
+    def _after(self, text: str, begun: int) -> str:
+        """What a text of the window holds beyond that which was taken."""
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        # With byte fallback, a byte that is no character makes replacements of the characters beside it too.
+        return self.text.decode(self._window[self._settled : len(self._window) - begun])
 
     def _settle(self) -> None:
-        """From here on, the window's tokens are context: what they decode to has been taken."""
-        self._settled = len(self._window)
-        self._before = self.text.decode(self._window)
+        """The window's text has been taken: its tokens are context from here on, but those of a begun character."""
+        self._before, begun = self._certain()
+        self._settled = len(self._window) - begun
 
     def _accept(self, fresh: str, last: bool) -> str:
         self.decoded += len(fresh)
@@ -176,6 +210,15 @@ class TextStream:
         longest = max((len(stop) for stop in self.stops), default=1) - 1
         sizes = range(min(longest, len(held)), 0, -1)
         return next((size for size in sizes if any(stop.startswith(held[-size:]) for stop in self.stops)), 0)
+
+
+def _begins(end: bytes) -> bool:
+    """Whether bytes are the beginning of a character in UTF-8, and not all of it."""
+    try:
+        end.decode()
+    except UnicodeDecodeError as error:
+        return error.start == 0 and error.reason == "unexpected end of data"
+    return False
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,8 +15,17 @@ import torch
 
 from raymodels.config import EngineConfig
 from raymodels.errors import ServeError
-from raymodels.serve.batch import Batch
-from raymodels.serve.engine import NO_ADAPTERS, Delta, Engine, EngineStats, GenerateRequest, Grammar, validate
+from raymodels.serve.batch import Batch, Gain
+from raymodels.serve.engine import (
+    NO_ADAPTERS,
+    Delta,
+    Engine,
+    EngineStats,
+    GenerateRequest,
+    Grammar,
+    RequestFailed,
+    validate,
+)
 from raymodels.serve.grammar import Grammars
 from raymodels.serve.listeners import Listeners
 from raymodels.serve.packed_model import PackedModel
@@ -27,6 +37,9 @@ NICENESS = 4
 """Added where the cores compute the model, which leaves them no pause: else every token waits to be sent for a slice of
 theirs, some milliseconds at each hop.
 """
+
+TRIAL = GenerateRequest("the engine's own trial", [0], max_tokens=1, priority=2**31)
+"""What the engine asks of itself when a request has failed: token 0 was among those that it was proven with."""
 
 
 class TransformersEngine(Engine):
@@ -45,8 +58,9 @@ class TransformersEngine(Engine):
     ) -> None:
         self._max_batch, self._threads, self._adapters = config.max_batch, threads, frozenset(adapters)
         self._listeners = Listeners(config.max_batch + config.max_queue, self.abort)
-        self._added: list[GenerateRequest] = []
-        self._aborted: list[str] = []
+        # In the order in which they came: an id is aborted after it was added, and may be used again after that.
+        self._commands: deque[GenerateRequest | str] = deque()
+        self._trying = False
         self._wake = threading.Condition()
         self._closing = False
         ready: Future[None] = Future()
@@ -63,7 +77,7 @@ class TransformersEngine(Engine):
             request = replace(request, grammar=self._grammars.compile_now(request.grammar))
         with self._wake:
             deltas = self._listeners.add(request)
-            self._added.append(request)
+            self._commands.append(request)
             self._wake.notify()
         return deltas
 
@@ -85,7 +99,7 @@ class TransformersEngine(Engine):
         """See `Engine.abort`."""
         with self._wake:
             if self._listeners.remove(id):
-                self._aborted.append(id)
+                self._commands.append(id)
                 self._wake.notify()
 
     def stats(self) -> EngineStats:
@@ -120,7 +134,9 @@ class TransformersEngine(Engine):
             self._load(model_dir, config, adapters)
             ready.set_result(None)
             while self._take():
-                self._listeners.put(self._batch.step())
+                gains = self._batch.step()
+                self._listeners.put(gains)
+                self._try(gains)
             self._listeners.fail(ServeError("the engine is closed"))
         except BaseException as error:
             if not ready.done():
@@ -147,10 +163,22 @@ class TransformersEngine(Engine):
     def _take(self) -> bool:
         """Wait for work and take in what was asked since the last step; false once closing."""
         with self._wake:
-            self._wake.wait_for(lambda: self._added or self._aborted or self._batch.busy or self._closing)
-            added, self._added = self._added, []
-            aborted, self._aborted = self._aborted, []
-        for id in aborted:  # before what was added: an id may be used again once its request has ended
-            self._batch.abort(id)
-        self._batch.add(added)
+            self._wake.wait_for(lambda: self._commands or self._batch.busy or self._closing)
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            if isinstance(command, str):
+                self._batch.abort(command)
+            else:
+                self._batch.add([command])
         return not self._closing
+
+    def _try(self, gains: list[Gain]) -> None:
+        """After a request has failed, compute one token for nobody: where that fails too, so has the engine."""
+        for id, item in gains:
+            if id == TRIAL.id:
+                self._trying = False
+                if isinstance(item, Exception):
+                    raise item
+            elif isinstance(item, RequestFailed) and not self._trying:
+                self._trying = True
+                self._batch.add([TRIAL])

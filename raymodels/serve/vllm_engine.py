@@ -190,7 +190,7 @@ class VllmEngine(Engine):
             self._token(id, alternatives, request.prompt_logprobs, 0)
             for id, alternatives in zip(request.tokens[1:], found[1:], strict=True)
         ]
-        return placed(self.text, [first, *rest])
+        return placed(TextStream(self.text), [first, *rest])
 
     def _token(self, id: int, found: dict[int, Any], count: int, offset: int) -> Token:
         best = sorted(found.items(), key=lambda each: -each[1].logprob)[:count]

@@ -47,6 +47,7 @@ def test_rows_keep_their_contents_however_others_come_grow_and_go() -> None:
         assert cache.used <= cache.allocated <= cache.capacity
         for key, (row, used) in rows.items():
             assert (cache.read(row, 0, used) == key).all()
+            assert not cache.read(row, used, row.positions).any()  # nothing of whoever had this memory before
 
 
 def test_memory_that_is_freed_is_used_for_rows_of_another_length() -> None:

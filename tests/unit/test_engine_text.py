@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -84,9 +86,72 @@ def test_the_bytes_of_tokens_make_the_text(text: Text) -> None:
     assert b"".join(text.raw(id) for id in ids).decode().strip() == SAMPLE
 
 
+def tokens_of(text: Text, *pieces: bytes) -> list[int]:
+    """A token for each of these bytes: in byte-level BPE, or with byte fallback."""
+    found = {text.raw(id): id for id in reversed(range(text.size))}
+    return [found[bytes([byte])] for piece in pieces for byte in piece]
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [b"\x80", b"\xe2", b"\xf0\x9f", b"\xf0\x9f\x98", b"\xe2\x82\xff", b"\xed\xa0\x80", b"\xc3\xc3\xa9", None],
+)
+def test_bytes_that_become_no_character_hold_nothing_back(text: Text, repeated: bytes | None) -> None:
+    """Three bytes can begin a character; whatever follows, no more tokens than that wait, nor are decoded again."""
+    ids = (tokens_of(text, repeated) if repeated else [next(iter(text.ends))]) * (300 // len(repeated or b"."))
+    stream, found = TextStream(text, text.encode("the café")), ""
+    for at, id in enumerate(ids):
+        found += stream.push(id)
+        assert len(text.decode(ids[: at + 1])) - len(found) <= 3
+        assert len(stream._window) <= 20
+    assert found + stream.flush() == text.decode(ids)
+
+
+def test_a_token_may_end_one_character_and_begin_the_next() -> None:
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u00a9\u00c3"]  # the bytes 0xA9 and 0xC3
+    bpe = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, [("\u00a9", "\u00c3")]))
+    bpe.decoder = decoders.ByteLevel()
+    text, across = Text(PreTrainedTokenizerFast(tokenizer_object=bpe)), len(pieces) - 1
+    assert text.raw(across) == b"\xa9\xc3"
+    ids = [*tokens_of(text, b"a\xc3"), *[across] * 200, *tokens_of(text, b"\xa9b")]
+    stream, found = TextStream(text), ""
+    for at, id in enumerate(ids):
+        found += stream.push(id)
+        assert found == text.decode(ids[: at + 1]).removesuffix("�")
+        assert len(stream._window) <= 8
+
+
 def test_a_lone_surrogate_is_no_text(text: Text) -> None:
     with pytest.raises(UnicodeEncodeError):
         text.encode("\ud800")
+
+
+def test_a_bias_of_the_whole_vocabulary_costs_as_much_as_one_token(text: Text) -> None:
+    """It is one row, made for a request's first token; with a list of a bias for each, a token took 10 ms."""
+    row = torch.randn(50_000)
+    pairs = tuple((id, 0.5) for id in range(50_000))
+    penalties = {"temperature": 0.0, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+
+    def seconds(sampling: Sampling) -> float:
+        sampler, times = Sampler(sampling, 0), list[float]()
+        for _ in range(40):
+            start = time.perf_counter()
+            sampler.draw(row)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    one = seconds(Sampling(logit_bias=pairs[:1], **penalties))
+    assert seconds(Sampling(logit_bias=pairs, **penalties)) < 3 * one
+
+
+def test_penalties_and_biases_of_one_token_add_up() -> None:
+    sampling = Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((2, 1.0), (2, 0.5)))
+    sampler, drawn = Sampler(sampling, 0), list[int]()
+    row = torch.tensor([1.0, 0.9, 0.0])
+    for _ in range(6):
+        drawn.append(sampler.draw(row))
+    # 2 begins at 1.5 and falls to 0.75, 0 from 1 to 0.25, 1 from 0.9 to 0.15, 2 to 0.5, 0.25 ...
+    assert drawn == [2, 0, 1, 2, 2, 0]
 
 
 LOGITS = torch.tensor([0.1, 0.7, 0.2]).log().repeat(1000, 1)
