@@ -21,6 +21,7 @@ from raymodels.serve.schema import Problem, Refused
 RATE_S = 30.0
 """Time constant of the rate at which a queue moves, which a refusal's Retry-After is made of."""
 LONGEST_RETRY_S = 60
+GAUGES = (RUNNING, QUEUE_REQUESTS, QUEUE_TOKENS)
 
 
 @dataclass(eq=False)
@@ -86,7 +87,7 @@ class Queue(FairQueue):
         self.model = model
         self._current = current
         self._moved, self._moved_at = 0.0, 0.0
-        self._gauges = (RUNNING, QUEUE_REQUESTS, QUEUE_TOKENS)
+        self._gauges = [gauge.labels(model) for gauge in GAUGES]
 
     @property
     def idle(self) -> bool:
@@ -126,7 +127,7 @@ class Queue(FairQueue):
             assert isinstance(slot, Turn)
             slot.wake()
         for gauge, value in zip(self._gauges, (self.running, self.waiting, self.waiting_tokens), strict=True):
-            gauge.labels(self.model).set(value)
+            gauge.set(value)
 
     def turn_out(self, leads: Callable[[str], str | None]) -> None:
         """Have those look for another queue whose names do not lead here any more, unless they have a place already."""
@@ -138,7 +139,7 @@ class Queue(FairQueue):
 
     def close(self) -> None:
         """Show no figures of it any more."""
-        for gauge in self._gauges:
+        for gauge in GAUGES:
             gauge.remove(self.model)
 
     def _full(self) -> Refused:
@@ -231,6 +232,6 @@ class Admission:
 
     def _forget(self, queue: Queue) -> None:
         """Drop the queue of a model that there is no more, once nothing is in it."""
-        if queue.idle and self._leads(queue.model) != queue.model and self._queues.get(queue.model) is queue:
+        if queue.idle and self._queues.get(queue.model) is queue and self._leads(queue.model) != queue.model:
             del self._queues[queue.model]
             queue.close()
