@@ -27,7 +27,7 @@ from raymodels.serve.capacity import Capacity
 from raymodels.serve.catalog import Catalog
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
-from raymodels.serve.metrics import CLIENT_LEFT, TABLES_REFUSED, engine_stats, metrics_page, own_figures
+from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures, table_refused
 from raymodels.serve.openapi import page
 from raymodels.serve.parts import PartedCall, check_size, in_parts, sent
 from raymodels.serve.quotas import Work, check_prompt, estimated_tokens, limited, sequences
@@ -183,7 +183,7 @@ class Gateway:
         except ConfigError as error:
             if not self._configured:
                 raise
-            TABLES_REFUSED.inc()
+            table_refused()
             log.error("the new table cannot be used, the one before stays in force: %s", error)
             return
         self._configured = True

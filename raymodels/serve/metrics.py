@@ -144,6 +144,10 @@ def replicas_changed(model: str, replicas: int, reason: str) -> None:
     REPLICA_CHANGES.labels(model, reason).inc()
 
 
+def table_refused() -> None:
+    TABLES_REFUSED.inc()
+
+
 def replicas_gone(model: str) -> None:
     """Show no replicas and no engine of a model that is served no more; what was counted of it stays."""
     for gauge in (REPLICAS, *ENGINE.values()):
