@@ -125,12 +125,14 @@ class Capacity:
 
 
 def deployments(status: Any) -> dict[str, Replicas]:
-    """Every deployment's replicas, from Serve's status."""
-    return {
-        name: _replicas(state)
-        for application in status.applications.values()
-        for name, state in application.deployments.items()
-    }
+    """Every deployment's replicas, from Serve's status; under its application's name too, if it is alone in that."""
+    found: dict[str, Replicas] = {}
+    for application, about in status.applications.items():
+        for name, state in about.deployments.items():
+            found[name] = _replicas(state)
+        if len(about.deployments) == 1:
+            found[application] = found[name]
+    return found
 
 
 def cannot_start(state: Any) -> bool:
