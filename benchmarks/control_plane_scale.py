@@ -50,8 +50,9 @@ from raymodels.config import (
     validate,
 )
 from raymodels.serve import autoscale
-from raymodels.serve.admission import Admission, Queue, Room, Slot
+from raymodels.serve.admission import Admission, Queue, Turn
 from raymodels.serve.capacity import Capacity, Replicas
+from raymodels.serve.fair_queue import Room
 from raymodels.serve.routing import Route, Routes
 from raymodels.serve.scaling import ServePolicy
 from raymodels.serve.schema import Refused
@@ -241,16 +242,17 @@ def keys(folder: Path, small: bool) -> list[Part]:
 
 async def through(tenants: int, each: int) -> float:
     """Seconds a request, when all tenants have requests waiting for one model that takes 32 at a time."""
-    queue = Queue("m", lambda: Room(32, 10**6, 10**9))
+    queue = Queue("m", Room(32, 10**6, 10**9))
     who = [TenantConfig(name=f"t{n}", keys=()) for n in range(tenants)]
     loop = asyncio.get_running_loop()
 
     async def ask(tenant: TenantConfig) -> None:
-        slot = Slot(100, 1, loop.create_future())
-        line = await queue.enter(tenant, slot, loop.time() + 600)
+        turn = Turn(100, 1, deadline=loop.time() + 600)
+        queue.enter(tenant, turn)
+        await turn.wait()
         await everyone.wait()
-        slot.used_tokens = 100
-        queue.leave(line, slot)
+        turn.used_tokens = 100
+        queue.exit(turn)
 
     async def open_when_all_wait() -> None:
         while queue.waiting + queue.running < tenants * each:
@@ -265,12 +267,14 @@ async def through(tenants: int, each: int) -> float:
 
 async def refused(tenants: int) -> float:
     """Seconds a refusal, where all tenants wait, one of them with most, and the queue is full."""
-    queue = Queue("m", lambda: Room(32, tenants, 10**9))
+    queue = Queue("m", Room(32, tenants, 10**9))
     who = [TenantConfig(name=f"t{n}", keys=()) for n in range(tenants)]
     loop = asyncio.get_running_loop()
 
     async def ask(tenant: TenantConfig) -> None:
-        await queue.enter(tenant, Slot(100, 1, loop.create_future()), loop.time() + 600)
+        turn = Turn(100, 1, deadline=loop.time() + 600)
+        queue.enter(tenant, turn)
+        await turn.wait()
 
     waiting = [loop.create_task(ask(tenant)) for tenant in [*who[:32], *who]]
     while queue.waiting < tenants:

@@ -13,6 +13,7 @@ from raymodels.config.serving import (
     KeysConfig,
     ModelServeConfig,
     ServeConfig,
+    TableConfig,
     TenantConfig,
 )
 from raymodels.config.training import (
@@ -50,6 +51,7 @@ __all__ = [
     "RetryConfig",
     "RunConfig",
     "ServeConfig",
+    "TableConfig",
     "TaskConfig",
     "TenantConfig",
     "TokenizerConfig",

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from raymodels.config.serving import KeysConfig, ServeConfig
+from raymodels.config.serving import KeysConfig, ServeConfig, TableConfig
 from raymodels.config.training import Config
 from raymodels.errors import ConfigError
 
-Root = TypeVar("Root", Config, ServeConfig, KeysConfig)
+Root = TypeVar("Root", Config, ServeConfig, KeysConfig, TableConfig)
 Path = tuple[int | str, ...]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -145,6 +145,33 @@ class ServeConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"models: {', '.join(twice)} is served twice: set served_as, or rename an adapter")
+        return self
+
+
+class RouteConfig(Section):
+    """Where a model name leads."""
+
+    applications: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        min_length=1, description="Serve application, or deployment beside the gateway -> its share of requests"
+    )
+    shadow: str | None = Field(None, description="an application that sees a copy of them")
+    parent: str | None = Field(None, description="of an adapter's name: that of its base")
+
+
+class TableConfig(Section):
+    """The gateway's table, its ``user_config`` for Ray Serve: what may change without a restart."""
+
+    table: dict[str, RouteConfig] = Field(description="model name -> where it leads")
+    engines: dict[str, EngineConfig] = Field(
+        {}, description="application -> the settings of its replicas' engines, unless the gateway was built with them"
+    )
+
+    @model_validator(mode="after")
+    def _parents(self) -> Self:
+        bases = {name for name, route in self.table.items() if route.parent is None}
+        for name, route in self.table.items():
+            if route.parent is not None and route.parent not in bases:
+                raise ValueError(f"table.{name}.parent: {route.parent} is no model of this table")
         return self
 
 

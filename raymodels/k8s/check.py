@@ -21,6 +21,7 @@ from raymodels.k8s import (
     references,
     resources,
     schemas,
+    serve_table,
     serving,
     sets,
 )
@@ -39,6 +40,7 @@ SET_RULES = (
     *exposure.SET_RULES,
     *project.SET_RULES,
     *serving.SET_RULES,
+    *serve_table.SET_RULES,
 )
 PRODUCTION_RULES = (*production.SET_RULES, *exposure.PRODUCTION_RULES, *serving.PRODUCTION_RULES)
 

@@ -21,6 +21,8 @@ from raymodels.k8s.quantities import amount
 from raymodels.k8s.workloads import Cluster, clusters, jobs, ray_container
 
 OUR_APPLICATION = "raymodels.serve.deploy:application"
+OUR_VERSION = "raymodels.serve.deploy:version"
+"""A model of its own, which the gateway of the other one may lead to."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,8 @@ def _parsed(text: Place) -> Place:
     return text.within(files.parse(str(text.value))) if text.path[0] == "data" else text
 
 
-def _config_arguments(service: Service) -> list[Place]:
-    ours = [a for a in service.serve.each("applications") if a.at("import_path").value == OUR_APPLICATION]
+def _config_arguments(service: Service, *paths: str) -> list[Place]:
+    ours = [a for a in service.serve.each("applications") if a.at("import_path").value in (paths or (OUR_APPLICATION,))]
     return [application.at("args", "config") for application in ours]
 
 
@@ -237,7 +239,7 @@ def _config(service: Service, argument: Place, manifests: ManifestSet) -> tuple[
 def application_config(manifests: ManifestSet) -> Problems:
     """The config is there in every pod, since the application is built on any, and it loads."""
     for service in services(manifests):
-        for argument in _config_arguments(service):
+        for argument in _config_arguments(service, OUR_APPLICATION, OUR_VERSION):
             place, text = _config(service, argument, manifests)
             if text is None:
                 yield (
@@ -246,13 +248,22 @@ def application_config(manifests: ManifestSet) -> Problems:
                 )
                 continue
             try:
-                validate(files.parse(text), ServeConfig)
+                config = validate(files.parse(text), ServeConfig)
+                yield from _unknown_model(service, argument, config)
             except ConfigError as error:
                 yield place, f"the serve config does not load: {error}"
             for group in service.cluster.groups if place is not argument else []:
                 if not mount_of(str(argument.value), ray_container(group), group.at("template", "spec")):
                     told = f"{argument.value} is not mounted here: the application is built in any pod"
                     yield ray_container(group).at("volumeMounts"), told
+
+
+def _unknown_model(service: Service, argument: Place, config: ServeConfig) -> Problems:
+    """Of a version of its own, the model that its config does not have."""
+    application = service.serve.at(*argument.path[len(service.serve.path) : -2])
+    model, names = application.at("args", "model"), [model.public_name for model in config.models]
+    if application.at("import_path").value == OUR_VERSION and model.value not in names:
+        yield model, f"{argument.value} has no model {model.value}: it has {', '.join(names)}"
 
 
 def published(manifests: ManifestSet) -> list[Config]:

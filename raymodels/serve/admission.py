@@ -1,28 +1,19 @@
-"""Which request goes to a model next: a bounded queue in the gateway, fair between tenants.
+"""Waiting for a turn at a model: the quotas of all tenants, and behind them the queues of all models.
 
-A model is given as many sequences as its replicas decode together; the others wait here, where their order can still
-be chosen, instead of in the engine. Every tenant has a line of its own. The next request comes from the
-line whose tenant has had the fewest tokens for its priority: start-time fair queueing (Goyal et al., 1996), with
-estimated tokens as the cost, settled with the real ones at the end. So a tenant that asks for little is hardly
-delayed by one that asks for much. The last places are left to tenants who hold no more than those: whoever asks for
-little finds one free at once, instead of when the next long answer of another ends.
-
-A full queue refuses who has most in it: it is the newest request of the longest line that is answered 429, be it
-the one that has just arrived or one that waits.
+A request is let in by `Admission.slot` once it has its first place, and is told of further ones by its `Turn`. Names of
+models come and go meanwhile: what waits goes to where its name leads now.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from raymodels.config import TenantConfig
+from raymodels.serve.fair_queue import FairQueue, Full, Room, Slot
 from raymodels.serve.metrics import QUEUE_REQUESTS, QUEUE_SECONDS, QUEUE_TOKENS, RUNNING
 from raymodels.serve.quotas import Quotas
 from raymodels.serve.schema import Problem, Refused
@@ -30,191 +21,126 @@ from raymodels.serve.schema import Problem, Refused
 RATE_S = 30.0
 """Time constant of the rate at which a queue moves, which a refusal's Retry-After is made of."""
 LONGEST_RETRY_S = 60
-
-
-@dataclass(frozen=True)
-class Room:
-    """How much of a model's work this gateway may hold: sequences sent to it, sequences and tokens waiting.
-
-    ``reserved`` places of those ``running`` are for tenants with at most as many.
-    """
-
-    running: int
-    waiting: int
-    tokens: int
-    reserved: int = 0
+GAUGES = (RUNNING, QUEUE_REQUESTS, QUEUE_TOKENS)
 
 
 @dataclass(eq=False)
-class Slot:
-    """A request's place at a model. Set ``used_tokens`` to what it really took before giving the place back."""
+class Turn(Slot):
+    """A request's places at a model, as they are given to it. ``queued_s`` is how long it waited for the first one."""
 
-    tokens: int
-    sequences: int
-    granted: asyncio.Future[None]
+    model: str = ""
+    """As the request names it: the queue may be that of another name, an adapter's base."""
+    deadline: float = math.inf
     queued_s: float = 0.0
-    used_tokens: int = 0
+    queue: Queue | None = None
+    refusal: Refused | None = None
+    taken: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-
-@dataclass(eq=False)
-class Line:
-    """One tenant's requests waiting for a model. ``served`` is what it has had, in tokens per priority."""
-
-    priority: int
-    served: float = 0.0
-    slots: deque[Slot] = field(default_factory=deque)
-    sequences: int = 0
-    tokens: int = 0
-    running: int = 0
-    """Sequences at the model."""
-
-    def fill(self, room: Room, new: Slot | None = None) -> float:
-        """How much of the queue it takes, with a new slot, relative to its priority."""
-        sequences, tokens = (new.sequences, new.tokens) if new else (0, 0)
-        return max((self.sequences + sequences) / room.waiting, (self.tokens + tokens) / room.tokens) / self.priority
-
-
-class Queue:
-    """The work of one model.
-
-    Args:
-        room: asked anew whenever it matters: it changes with the replicas.
-    """
-
-    def __init__(self, model: str, room: Callable[[], Room]) -> None:
-        self._room = room
-        self._lines: dict[str, Line] = {}
-        self._order: list[tuple[float, int, Line]] = []  # a heap: what a line had had when it was put here
-        self._ordered = itertools.count()
-        self._now = 0.0  # virtual time: what the line had had that was served last
-        self._moved, self._moved_at = 0.0, 0.0
-        self.running = self.running_sequences = 0
-        self.waiting = self.waiting_sequences = self.waiting_tokens = 0
-        self._gauges = (RUNNING.labels(model), QUEUE_REQUESTS.labels(model), QUEUE_TOKENS.labels(model))
-
-    async def enter(self, tenant: TenantConfig, slot: Slot, deadline: float) -> Line:
-        """Wait for the slot's turn. Who is cancelled meanwhile has never been here.
+    async def places(self) -> int:
+        """Wait for places that have not been told of before; how many there are.
 
         Raises:
-            Refused: 429, the queue is full; 504, the deadline has passed.
+            Refused: 504, the deadline has passed.
         """
-        line = self._lines.setdefault(tenant.name, Line(tenant.priority))
-        line.priority = tenant.priority
-        if self.waiting or not self._fits(line, slot):
-            self._make_room(line, slot)
-        if not line.slots:
-            line.served = max(line.served, self._now)
-        self._count(line, slot, 1)
-        line.slots.append(slot)
-        if len(line.slots) == 1:
-            self._put(line)
-        self.dispatch()
-        try:
-            async with asyncio.timeout_at(deadline):
-                await slot.granted
-        except BaseException as error:
-            if slot in line.slots:
-                self._drop(line, slot)
-            elif slot.granted.done() and not slot.granted.cancelled() and slot.granted.exception() is None:
-                self.leave(line, slot)
-            if isinstance(error, TimeoutError):
-                message = "the request waited for its turn until its time was over"
-                raise Refused(Problem(status=504, message=message, type="server_error", code="timeout")) from None
-            raise
-        return line
+        await self.wait()
+        new, self.taken = self.granted - self.taken, self.granted
+        return new
 
-    def leave(self, line: Line, slot: Slot) -> None:
-        """Give a slot back that was granted."""
-        self._run(line, slot, -1)
-        line.served += (slot.used_tokens - slot.tokens) / line.priority
-        self._put(line)
-        now = asyncio.get_running_loop().time()
-        self._moved = self._moved * math.exp((self._moved_at - now) / RATE_S) + slot.used_tokens
-        self._moved_at = now
+    def done(self, places: int) -> None:
+        """Give places back before the whole request has been answered."""
+        if self.queue:
+            self.queue.give_back(self, places)
+            self.queue.dispatch()
+
+    async def wait(self) -> None:
+        """Wait for a new place, or for the end of the queue; raises as `places`, or 429 what put it out."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                while self.queue and self.granted == self.taken:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            message = "the request waited for its turn until its time was over"
+            raise Refused(Problem(status=504, message=message, type="server_error", code="timeout")) from None
+        if self.refusal:
+            raise self.refusal
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    def put_out(self, refusal: Refused | None = None) -> None:
+        """It is in no queue any more: refused, or to look for another one."""
+        self.queue, self.refusal = None, refusal
+        self.wake()
+
+
+class Queue(FairQueue):
+    """The fair queue of one model, whose requests are told of their turns.
+
+    Args:
+        current: the room now, or none if it is to stay as it was; asked whenever places may be given away.
+    """
+
+    def __init__(self, model: str, room: Room, current: Callable[[], Room | None] = lambda: None) -> None:
+        super().__init__(room)
+        self.model = model
+        self._current = current
+        self._moved, self._moved_at = 0.0, 0.0
+        self._gauges = [gauge.labels(model) for gauge in GAUGES]
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running or self.waiting)
+
+    def enter(self, tenant: TenantConfig, turn: Turn) -> None:
+        """Have a request wait for its turn.
+
+        Raises:
+            Refused: 429, the queue is full.
+        """
+        self.room = self._current() or self.room
+        try:
+            gone = self.join(tenant, turn)
+        except Full:
+            raise self._full() from None
+        turn.queue = self
+        for other in gone:
+            assert isinstance(other, Turn)
+            other.put_out(self._full())
+        self.dispatch()
+
+    def exit(self, turn: Turn) -> None:
+        """Give back all that a request has here, and its place in the line."""
+        begun, turn.queue = turn.granted > 0, None
+        self.leave(turn)
+        if begun:
+            now = asyncio.get_running_loop().time()
+            self._moved = self._moved * math.exp((self._moved_at - now) / RATE_S) + turn.used_tokens
+            self._moved_at = now
         self.dispatch()
 
     def dispatch(self) -> None:
         """Grant what there is room for now."""
-        while self.waiting:
-            line = self._next()
-            if line is None:
-                break
-            slot = line.slots.popleft()
-            self._count(line, slot, -1)
-            if slot.granted.cancelled():
-                continue
-            self._now = max(self._now, line.served)
-            line.served += slot.tokens / line.priority
-            self._put(line)
-            self._run(line, slot, 1)
-            slot.granted.set_result(None)
-        if not self.waiting:
-            self._order.clear()
+        self.room = self._current() or self.room
+        for slot in self.grant():
+            assert isinstance(slot, Turn)
+            slot.wake()
         for gauge, value in zip(self._gauges, (self.running, self.waiting, self.waiting_tokens), strict=True):
             gauge.set(value)
 
-    def _next(self) -> Line | None:
-        """Whose turn it is; of the others, who has a right to what is reserved."""
-        first = self._least_served()
-        if self._fits(first, first.slots[0]):
-            return first
-        if self.running_sequences >= self._room().running:
-            return None
-        entitled = [line for line in self._lines.values() if line.slots and self._reserved(line, line.slots[0])]
-        return min(entitled, key=lambda line: line.served, default=None)
+    def turn_out(self, leads: Callable[[str], str | None]) -> None:
+        """Have those look for another queue whose names do not lead here any more, unless they have a place already."""
+        for turn in self.untouched():
+            assert isinstance(turn, Turn)
+            if leads(turn.model) != self.model:
+                self.leave(turn)
+                turn.put_out()
 
-    def _least_served(self) -> Line:
-        """Of the lines in which somebody waits. One that has changed since it was put in order is there again."""
-        while True:
-            served, _, line = self._order[0]
-            if line.slots and line.served == served:
-                return line
-            heapq.heappop(self._order)
-
-    def _put(self, line: Line) -> None:
-        """Put a line in order, if somebody waits in it: of what it has had there is a new figure."""
-        if line.slots:
-            heapq.heappush(self._order, (line.served, next(self._ordered), line))
-
-    def _fits(self, line: Line, slot: Slot) -> bool:
-        """Whether the model can take it now. One that is too large at any time goes when nothing else runs."""
-        room, running = self._room(), self.running_sequences + slot.sequences
-        return self.running == 0 or running <= room.running - room.reserved or self._reserved(line, slot)
-
-    def _reserved(self, line: Line, slot: Slot) -> bool:
-        room, running = self._room(), self.running_sequences + slot.sequences
-        return running <= room.running and line.running + slot.sequences <= room.reserved
-
-    def _make_room(self, line: Line, new: Slot) -> None:
-        """Refuse what the queue has no room for, beginning with the longest line. What is alone in it may be larger."""
-        room = self._room()
-        while self.waiting and (
-            self.waiting_sequences + new.sequences > room.waiting or self.waiting_tokens + new.tokens > room.tokens
-        ):
-            longest = max((other for other in self._lines.values() if other.slots), key=lambda other: other.fill(room))
-            if longest.fill(room) <= line.fill(room, new):
-                raise self._full()
-            last = longest.slots[-1]
-            self._drop(longest, last)
-            if not last.granted.done():
-                last.granted.set_exception(self._full())
-
-    def _drop(self, line: Line, slot: Slot) -> None:
-        line.slots.remove(slot)
-        self._count(line, slot, -1)
-        self.dispatch()
-
-    def _run(self, line: Line, slot: Slot, sign: int) -> None:
-        line.running += sign * slot.sequences
-        self.running += sign
-        self.running_sequences += sign * slot.sequences
-
-    def _count(self, line: Line, slot: Slot, sign: int) -> None:
-        line.sequences += sign * slot.sequences
-        line.tokens += sign * slot.tokens
-        self.waiting += sign
-        self.waiting_sequences += sign * slot.sequences
-        self.waiting_tokens += sign * slot.tokens
+    def close(self) -> None:
+        """Show no figures of it any more."""
+        for gauge in GAUGES:
+            gauge.remove(self.model)
 
     def _full(self) -> Refused:
         message = "too many requests wait for this model, most of them of this key: try again later"
@@ -231,53 +157,81 @@ class Admission:
     """The queues of all models, behind the quotas of all tenants.
 
     Args:
-        room: model -> its `Room`.
+        room: model -> its `Room`; asked only of those that there are.
         gateways: gateways that share the requests. Each knows its own alone, so each grants its part.
+        base: the name of a model -> the model in whose queue it waits; raises `Refused` if there is none any more.
     """
 
-    def __init__(self, room: Callable[[str], Room], gateways: int = 1) -> None:
+    def __init__(
+        self, room: Callable[[str], Room], gateways: int = 1, base: Callable[[str], str] = lambda model: model
+    ) -> None:
         self._room = room
+        self._base = base
         self._quotas = Quotas(gateways)
         self._queues: dict[str, Queue] = {}
 
     @asynccontextmanager
     async def slot(
         self, tenant: TenantConfig, model: str, tokens: int, sequences: int, deadline: float
-    ) -> AsyncIterator[Slot]:
-        """A place at a model that is there, for as long as the block lasts.
+    ) -> AsyncIterator[Turn]:
+        """A place at a model that is there, for as long as the block lasts; of several sequences, at least one.
 
         Args:
+            model: the name that the request was sent to.
             tokens: of prompt and answer, estimated.
             sequences: choices that are decoded; 0 is under the quotas and waits for nothing.
             deadline: when to give up waiting, in the event loop's time.
 
         Raises:
-            Refused: 429, over a quota or the queue is full; 504, the deadline has passed.
+            Refused: 404, there is no such model any more; 429, over a quota or the queue is full; 504, the deadline
+                has passed.
         """
         loop = asyncio.get_running_loop()
-        slot, arrived = Slot(tokens, sequences, loop.create_future()), loop.time()
+        turn, arrived = Turn(tokens, sequences, model=model, deadline=deadline), loop.time()
         account = self._quotas.open(tenant, tokens, arrived)
         try:
-            if not sequences:
-                yield slot
-                return
-            queue = self.queue(model)
-            line = await queue.enter(tenant, slot, deadline)
-            slot.queued_s = loop.time() - arrived
-            QUEUE_SECONDS.labels(model).observe(slot.queued_s)
-            try:
-                yield slot
-            finally:
-                queue.leave(line, slot)
+            while sequences and turn.queue is None:  # it may be put out of one, by a change of the names
+                self.queue(self._base(model)).enter(tenant, turn)
+                await turn.wait()
+            turn.queued_s = loop.time() - arrived
+            if turn.queue:
+                QUEUE_SECONDS.labels(turn.queue.model).observe(turn.queued_s)
+            yield turn
         finally:
-            self._quotas.close(account, tokens, slot.used_tokens)
+            if queue := turn.queue:
+                queue.exit(turn)
+                self._forget(queue)
+            self._quotas.close(account, tokens, turn.used_tokens)
 
     def queue(self, model: str) -> Queue:
         if model not in self._queues:
-            self._queues[model] = Queue(model, lambda: self._room(model))
+
+            def room() -> Room | None:
+                return self._room(model) if self._leads(model) == model else None
+
+            self._queues[model] = Queue(model, self._room(model), room)
         return self._queues[model]
 
     def dispatch(self) -> None:
         """To be called when some model may have more room: its replicas have changed."""
         for queue in self._queues.values():
             queue.dispatch()
+
+    def renamed(self) -> None:
+        """To be called when names lead elsewhere: what waits goes there, or learns that its name is gone."""
+        for queue in list(self._queues.values()):
+            queue.turn_out(self._leads)
+            queue.dispatch()
+            self._forget(queue)
+
+    def _leads(self, model: str) -> str | None:
+        try:
+            return self._base(model)
+        except Refused:
+            return None
+
+    def _forget(self, queue: Queue) -> None:
+        """Drop the queue of a model that there is no more, once nothing is in it."""
+        if queue.idle and self._queues.get(queue.model) is queue and self._leads(queue.model) != queue.model:
+            del self._queues[queue.model]
+            queue.close()

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 
 from raymodels.config import EngineConfig, HttpConfig
-from raymodels.serve.admission import Room
-from raymodels.serve.metrics import replicas_changed
+from raymodels.serve.fair_queue import Room
+from raymodels.serve.metrics import replicas_changed, replicas_gone
 from raymodels.serve.routing import Route
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,13 @@ class Capacity:
 
     def running(self, model: str) -> int:
         """Replicas of the model that run, as far as is known."""
-        route = self._table.get(model)
-        return sum(self._running(application) for application in route.applications) if route else 0
+        return sum(self._running(application) for application in self._applications(model))
 
     def failure(self, model: str) -> str | None:
         """Why the replicas of a model do not start; none if one runs, or Serve has not given up hope yet."""
         if self.running(model):
             return None
-        known = [self._replicas.get(application) for application in self._table[model].applications]
+        known = [self._replicas.get(application) for application in self._applications(model)]
         return next((replicas.failure for replicas in known if replicas and replicas.failure), None)
 
     async def watch(self, changed: Callable[[], None]) -> None:
@@ -105,6 +104,9 @@ class Capacity:
     def update(self, found: Mapping[str, Replicas]) -> bool:
         """Take over the replicas of every deployment; whether anything is new."""
         before, self._replicas = self._replicas, dict(found)
+        for model in self._shown.keys() - self._table.keys():
+            replicas_gone(model)
+            del self._shown[model]
         for model, route in self._table.items():
             if route.parent is not None:
                 continue  # its base's replicas are counted as the base's
@@ -115,17 +117,22 @@ class Capacity:
                 self._shown[model] = replicas
         return self._replicas != before
 
+    def _applications(self, model: str) -> Iterable[str]:
+        return self._table[model].applications if model in self._table else ()
+
     def _running(self, application: str) -> int:
         return self._replicas[application].running if application in self._replicas else 0
 
 
 def deployments(status: Any) -> dict[str, Replicas]:
-    """Every deployment's replicas, from Serve's status."""
-    return {
-        name: _replicas(state)
-        for application in status.applications.values()
-        for name, state in application.deployments.items()
-    }
+    """Every deployment's replicas, from Serve's status; under its application's name too, if it is alone in that."""
+    found: dict[str, Replicas] = {}
+    for application, about in status.applications.items():
+        for name, state in about.deployments.items():
+            found[name] = _replicas(state)
+        if len(about.deployments) == 1:
+            found[application] = found[name]
+    return found
 
 
 def cannot_start(state: Any) -> bool:

@@ -25,12 +25,12 @@ from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeCon
 from raymodels.errors import ConfigError, RegistryError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
-from raymodels.serve.capacity import cannot_start
 from raymodels.serve.gateway import Gateway
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
 from raymodels.serve.tls import check
+from raymodels.serve.unready import MISSING, POLL_S, Unready, log_changes, unready_applications, wait_until_running
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,9 @@ GATEWAY = "gateway"
 LOCAL = "127.0.0.1"
 # The gateway calls replicas by gRPC from its own event loop, instead of through actor calls made in another thread.
 DIRECTLY = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-POLL_S = 0.25
 WATCH_S = 5.0
 VERSION_POLL_S = 10.0
 SHUTDOWN_S = 30.0
-MISSING, FAILED = "MISSING", "DEPLOY_FAILED"
-
-Unready = dict[str, tuple[str, str]]
-"""Of applications that are not running: status, and why."""
 
 
 @dataclass
@@ -70,7 +65,7 @@ class Endpoint:
         unready: Unready = {}
         while True:
             before, unready = unready, _watch(self.applications, unready)
-            _log_changes(before, unready)
+            log_changes(before, unready)
             time.sleep(WATCH_S)
 
     def close(self) -> None:
@@ -128,7 +123,7 @@ def deploy(config: ServeConfig) -> Endpoint:
         # A gateway that is already there keeps its table until the new models answer.
         for stage in [[*targets, gateway]] if GATEWAY not in present else [targets, [gateway]]:
             serve.run_many(_distinct(stage), wait_for_applications_running=False)
-            _wait_until_running([target.name for target in stage], deadline, config.start_timeout_s)
+            wait_until_running([target.name for target in stage], deadline, config.start_timeout_s)
         _wait_until_listening(endpoint.url, deadline, config.start_timeout_s)
     except BaseException:
         endpoint.applications = [name for name in endpoint.applications if name not in present]
@@ -144,11 +139,11 @@ def application(args: dict[str, str]) -> serve.Application:
     application again that has failed, so this waits ``version_wait_s`` for versions that a job is to publish.
 
     A builder may return only one application, so here the models are deployments beside the gateway instead of
-    applications of their own: changing one redeploys what changed, and the gateway with its new table.
+    applications of their own. Other ``args`` replace all of them: Serve takes the args for the version of everything
+    that is built from them. The gateway's table is its ``user_config``, and one that serveConfigV2 gives to the
+    deployment ``gateway`` takes its place without a restart.
     """
-    if args.keys() != {"config"}:
-        raise ConfigError(f"args of {__name__}:application must be config alone, not {sorted(args)}")
-    config = load(args["config"], root=ServeConfig)
+    config = _config(args, "application", {"config"})
     if config.http.tls_cert is not None:
         raise ConfigError(
             "http.tls_cert: KubeRay's Service leads to Serve's proxies, which read ssl_certfile and ssl_keyfile from "
@@ -161,7 +156,28 @@ def application(args: dict[str, str]) -> serve.Application:
     engines = {_name(versions[model.public_name]): model.engine for model in config.models}
     # KubeRay's Service leads to Serve's proxies.
     http = config.http.model_copy(update={"ingress": "proxy"})
-    return _gateway(http).bind(http, _table(config, versions), bound, engines)
+    return cast(serve.Application, _gateway(http, _table(config, versions), engines).bind(http, None, bound, engines))
+
+
+def version(args: dict[str, str]) -> serve.Application:
+    """One model of a config as an application of its own, for ``import_path``: the gateway's table may lead to it next.
+
+    Its ``args`` are ``config``, as for `application`, and ``model``, the name that the config serves it as.
+    """
+    config = _config(args, "version", {"config", "model"})
+    model = next((model for model in config.models if model.public_name == args["model"]), None)
+    if model is None:
+        raise ConfigError(f"args.model: {args['config']} has no model {args['model']}")
+    deadline = time.monotonic() + config.version_wait_s
+    registry = Registry(storage.absolute(config.registry))
+    return _replicas(config, model, {model.public_name: _published(registry, model.model, deadline)})
+
+
+def _config(args: dict[str, str], builder: str, keys: set[str]) -> ServeConfig:
+    if args.keys() != keys:
+        wanted = " and ".join(sorted(keys))
+        raise ConfigError(f"args of {__name__}:{builder} must be {wanted} alone, not {sorted(args)}")
+    return load(args["config"], root=ServeConfig)
 
 
 def _published(registry: Registry, reference: str, deadline: float) -> Version:
@@ -197,7 +213,8 @@ def _table(config: ServeConfig, versions: dict[str, Version]) -> dict[str, Route
 def _adapters(config: ServeConfig, versions: dict[str, Version], version: Version) -> dict[str, str]:
     """Name -> resolved source of all adapters over a version, each checked. Models of one version share replicas."""
     registry = Registry(storage.absolute(config.registry))
-    models = [model for model in config.models if _name(versions[model.public_name]) == _name(version)]
+    of = {name for name, other in versions.items() if _name(other) == _name(version)}
+    models = [model for model in config.models if model.public_name in of]
     found = {name: resolved(source, registry) for model in models for name, source in model.adapters.items()}
     check_all(found, registry, version)
     return found
@@ -236,9 +253,7 @@ def _digest(*arguments: object) -> str:
     return hashlib.sha256(repr((raymodels.__version__, *arguments)).encode()).hexdigest()[:16]
 
 
-def _gateway(
-    http: HttpConfig, table: dict[str, Route] | None = None, engines: dict[str, EngineConfig] | None = None
-) -> Any:
+def _gateway(http: HttpConfig, table: dict[str, Route], engines: dict[str, EngineConfig]) -> Any:
     """The gateway's deployment. A table in here can be changed without a restart, one among its arguments cannot."""
     # Its port is looked for where Serve's own proxies are by default.
     node = {HEAD_NODE_RESOURCE_NAME: 0.001} if http.ingress == "direct" else {}
@@ -248,11 +263,9 @@ def _gateway(
         ray_actor_options={"num_cpus": http.gateway_cpus, "resources": node, "runtime_env": {"env_vars": DIRECTLY}},
         max_ongoing_requests=10_000,
     )
-    if table is None:
-        return gateway
     routes = {
         "table": {name: asdict(route) for name, route in table.items()},
-        "engines": {name: engine.model_dump(mode="json") for name, engine in (engines or {}).items()},
+        "engines": {name: engine.model_dump(mode="json") for name, engine in engines.items()},
     }
     return gateway.options(user_config=routes, version=_digest(http.model_dump_json()), _internal=True)
 
@@ -326,17 +339,6 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_running(names: list[str], deadline: float, timeout_s: float) -> None:
-    while unready := _unready(names):
-        for status, why in unready.values():
-            if status == FAILED:
-                raise ServeError(why)
-        if time.monotonic() > deadline:
-            waiting = "; ".join(why for _, why in unready.values())
-            raise ServeError(f"not ready after start_timeout_s {timeout_s:g}: {waiting}")
-        time.sleep(POLL_S)
-
-
 def _wait_until_listening(url: str, deadline: float, timeout_s: float) -> None:
     place = urlsplit(url)
     while True:
@@ -349,24 +351,6 @@ def _wait_until_listening(url: str, deadline: float, timeout_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def _unready(names: list[str]) -> Unready:
-    applications, unready = serve.status().applications, {}
-    for name in names:
-        found = applications.get(name)
-        if found is None:
-            unready[name] = (MISSING, f"{name} is not deployed")
-        elif found.status != "RUNNING":
-            causes = [found.message, *(state.message for state in found.deployments.values())]
-            why = f"{name}: {' '.join(cause.strip() for cause in causes if cause) or found.status}"
-            unready[name] = (FAILED if _cannot_start(found) else str(found.status), why)
-    return unready
-
-
-def _cannot_start(found: Any) -> bool:
-    """Whether Serve has given up on replicas of an application; one that autoscales is then just called unhealthy."""
-    return found.status == FAILED or any(cannot_start(state) for state in found.deployments.values())
-
-
 def _watch(names: list[str], before: Unready) -> Unready:
     """What is not running of an endpoint that was; as before while Serve's controller restarts, which ends no replica.
 
@@ -374,7 +358,7 @@ def _watch(names: list[str], before: Unready) -> Unready:
         ServeError: as `Endpoint.wait`.
     """
     try:
-        unready = _unready(names)
+        unready = unready_applications(names)
     except RayActorError as error:
         if _controller_lives():
             return before
@@ -382,11 +366,3 @@ def _watch(names: list[str], before: Unready) -> Unready:
     if missing := [name for name, (status, _) in unready.items() if status == MISSING]:
         raise ServeError(f"{', '.join(missing)} of this endpoint was deleted by somebody else: serve again")
     return unready
-
-
-def _log_changes(before: Unready, now: Unready) -> None:
-    for name, (status, why) in now.items():
-        if before.get(name) != (status, why):
-            log.warning("%s (Ray Serve goes on trying)", why)
-    for name in before.keys() - now.keys():
-        log.warning("%s: running again", name)

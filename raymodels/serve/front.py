@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raymodels.config import HttpConfig, TenantConfig
 from raymodels.serve import metrics
 from raymodels.serve.access_log import milliseconds, open_log
-from raymodels.serve.admission import Slot
+from raymodels.serve.admission import Turn
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
 from raymodels.serve.schema import RETRY_AFTER_S, Problem, Refused
@@ -68,11 +68,12 @@ class Visit:
         self._latest: dict[int, tuple[float, int]] = {}
         self._held = AsyncExitStack()
 
-    async def hold(self, place: AbstractAsyncContextManager[Slot]) -> None:
+    async def hold(self, place: AbstractAsyncContextManager[Turn]) -> Turn:
         """Take a place at a model, until the answer has been sent; it is settled with this visit's ``usage``."""
-        slot = await self._held.enter_async_context(place)
-        self.queued_s, self.admitted_s = slot.queued_s, self.seconds()
-        self._held.callback(lambda: setattr(slot, "used_tokens", self.tokens))
+        turn = await self._held.enter_async_context(place)
+        self.queued_s, self.admitted_s = turn.queued_s, self.seconds()
+        self._held.callback(lambda: setattr(turn, "used_tokens", self.tokens))
+        return turn
 
     def at_end(self, do: Callable[[], Any]) -> None:
         """Have something done once the answer has been sent, or nobody waits for it any longer."""

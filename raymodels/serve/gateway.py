@@ -5,7 +5,6 @@ not postponed: FastAPI could not resolve their names in the copy.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -20,18 +19,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from ray import serve
 from starlette.exceptions import HTTPException
 
-from raymodels.config import EngineConfig, HttpConfig
-from raymodels.serve.admission import Admission
+from raymodels.config import EngineConfig, HttpConfig, TableConfig, validate
+from raymodels.errors import ConfigError
+from raymodels.serve.admission import Admission, Turn
 from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
 from raymodels.serve.capacity import Capacity
+from raymodels.serve.catalog import Catalog
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
-from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures
+from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures, table_refused
 from raymodels.serve.openapi import page
-from raymodels.serve.quotas import check_prompt, estimated_tokens, limited, sequences
-from raymodels.serve.replica import Description, Process, Waiting, this_process
-from raymodels.serve.routing import Call, Route, Routes
+from raymodels.serve.parts import PartedCall, check_size, in_parts, sent
+from raymodels.serve.quotas import Work, check_prompt, estimated_tokens, limited, sequences
+from raymodels.serve.replica import NOBODY, Process, Waiting, this_process
+from raymodels.serve.routing import Call, Route, Routes, Target
 from raymodels.serve.schema import (
+    EmbeddingRequest,
     Problem,
     Refused,
     Request,
@@ -107,7 +110,7 @@ def _json(body: bytes) -> Any:
         raise Refused(Problem(status=400, message=f"the body is not JSON: {error}")) from error
 
 
-async def _events(request: Request, answer: Answer, call: Call, visit: Visit) -> AsyncIterator[bytes]:
+async def _events(request: Request, answer: Answer, call: Call | PartedCall, visit: Visit) -> AsyncIterator[bytes]:
     """The answer as server-sent events. A failure is an event too: the status has long been sent."""
     try:
         if opening := answer.opening():
@@ -154,25 +157,43 @@ class Gateway:
         engines: dict[str, EngineConfig] | None = None,
     ) -> None:
         self._http = http
-        self._engines = dict(engines or {})
+        self._built = dict(engines or {})
+        self._engines = dict(self._built)
         self._routes = Routes(dict(table or {}), dict(bound or {}), http.replica_wait_s)
         self.port = shared_port(http.host, http.port) if http.ingress == "direct" else None
         self.certificate = certificate(http) if self.port else None
         self.front = Front(http)
         self._capacity = Capacity(http, self._routes.table, self._engines)
-        self._admission = Admission(self._capacity.room, http.gateway_replicas)
-        self._described: dict[str, Description] = {}
+        self._admission = Admission(self._capacity.room, http.gateway_replicas, self._routes.base)
+        self._catalog = Catalog(self._routes, self._capacity, self._admission.dispatch)
         self._gateways: Any = None
+        self._configured = bool(table)
         watches = (self._capacity.watch(self._admission.dispatch), self._routes.watch())
         self._watching = [asyncio.get_running_loop().create_task(watch) for watch in watches]
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
-        """Take over another ``table`` and its ``engines``, as JSON, while requests go on. Called by Ray Serve."""
+        """Take over another table, as `TableConfig` describes it, while requests go on. Called by Ray Serve.
+
+        Serve would end a gateway in which this raises, and all streams with it. So a table that cannot be used is
+        logged, and the one before stays in force.
+
+        Raises:
+            ConfigError: the first one cannot be used.
+        """
+        try:
+            given = validate(changes, TableConfig)
+        except ConfigError as error:
+            if not self._configured:
+                raise
+            table_refused()
+            log.error("the new table cannot be used, the one before stays in force: %s", error)
+            return
+        self._configured = True
         self._engines.clear()
-        self._engines |= {name: EngineConfig.model_validate(raw) for name, raw in changes["engines"].items()}
-        self._routes.table.clear()
-        self._routes.table |= {name: Route(**raw) for name, raw in changes["table"].items()}
-        self._described.clear()
+        self._engines |= self._built | given.engines
+        self._routes.replace({name: Route(**route.model_dump()) for name, route in given.table.items()})
+        self._catalog.clear()
+        self._admission.renamed()
         await self._capacity.look()
         self._admission.dispatch()
 
@@ -195,14 +216,15 @@ class Gateway:
     @app.get("/v1/models")
     async def models(self, http: HttpRequest) -> dict[str, Any]:
         allowed = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
-        about = await self._descriptions(allowed, http.state.visit.deadline)
-        return {"object": "list", "data": [self._listed(name, about[name]) for name in allowed]}
+        about = await self._catalog.descriptions(allowed, http.state.visit.deadline, FRESH_S)
+        return {"object": "list", "data": [self._catalog.listed(*found) for found in about.items()]}
 
     @app.get("/v1/models/{model:path}")
     async def model(self, http: HttpRequest, model: str) -> dict[str, Any]:
         self._check(http.state.visit, model)
-        about = await self._descriptions([model], http.state.visit.deadline)
-        return self._listed(model, about[model])
+        about = await self._catalog.descriptions([model], http.state.visit.deadline, FRESH_S)
+        self._routes.check(model)  # it may have gone meanwhile
+        return self._catalog.listed(model, about[model])
 
     @app.post("/v1/completions")
     async def completions(self, http: HttpRequest) -> Response:
@@ -215,9 +237,19 @@ class Gateway:
     @app.post("/v1/embeddings")
     async def embeddings(self, http: HttpRequest) -> JSONResponse:
         request = await self._read(http, read_embedding)
-        embedded = await self._ask(http, request.model, "embed", request)
-        http.state.visit.usage = Usage(embedded.prompt_tokens)
-        return JSONResponse(embeddings(request, embedded.vectors, embedded.prompt_tokens))
+        visit: Visit = http.state.visit
+        self._check(visit, request.model)
+        turn, target = await self._turn(visit, request)
+        vectors: list[list[float]] = [[]] * turn.sequences
+        visit.usage = usage = Usage(0)
+
+        async def compute(part: EmbeddingRequest, begin: int) -> None:
+            found = await self._routes.ask(target, "embed", part, target.adapter, deadline=visit.deadline)
+            vectors[begin : begin + len(found.vectors)] = found.vectors
+            usage.prompt_tokens += found.prompt_tokens
+
+        await in_parts(request, turn, compute)
+        return JSONResponse(embeddings(request, vectors, usage.prompt_tokens))
 
     @app.post("/tokenize")
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
@@ -238,7 +270,7 @@ class Gateway:
     @app.get("/openapi.json")
     async def openapi(self, http: HttpRequest) -> JSONResponse:
         names = [name for name in self._routes.table if http.state.visit.tenant.allows(name)]
-        about = await self._descriptions(names, asyncio.get_running_loop().time() + DESCRIBE_S)
+        about = await self._catalog.descriptions(names, asyncio.get_running_loop().time() + DESCRIBE_S, FRESH_S)
         return JSONResponse(page(about, self._http))
 
     async def process(self) -> Process:
@@ -273,24 +305,13 @@ class Gateway:
             stats = await self._routes.ask(model, "stats", deadline=asyncio.get_running_loop().time() + STATS_S)
         except Refused:
             return
-        engine_stats(model, asdict(stats))
+        if model in self._routes.table:
+            engine_stats(model, asdict(stats))
 
-    def _waiting(self, model: str) -> Waiting:
-        """What waits for a model at all gateways, if it is the same at each."""
-        queue, gateways = self._admission.queue(self._routes.base(model)), self._http.gateway_replicas
-        return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens)
-
-    async def _descriptions(self, models: list[str], deadline: float) -> dict[str, Description | None]:
-        """What serves the models. Asking must start none: without a replica it is the last answer, if there was one."""
-        if await self._capacity.look(FRESH_S):
-            self._admission.dispatch()
-
-        async def ask(model: str) -> None:
-            with contextlib.suppress(Refused):
-                self._described[model] = await self._routes.describe(model, deadline)
-
-        await asyncio.gather(*(ask(model) for model in models if self._capacity.running(model)))
-        return {model: self._described.get(model) for model in models}
+    def _waiting(self, turn: Turn) -> Waiting:
+        """What waits for a request's model at all gateways, if it is the same at each."""
+        queue, gateways = turn.queue, self._http.gateway_replicas
+        return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens) if queue else NOBODY
 
     async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
         visit: Visit = http.state.visit
@@ -300,14 +321,41 @@ class Gateway:
         return read(_json(body))
 
     async def _ask(self, http: HttpRequest, model: str | None, method: str, *args: Any) -> Any:
-        """What a replica answers at once. Embeddings take turns with everything else that the model computes."""
+        """What a replica answers at once, without computing."""
         visit: Visit = http.state.visit
         name = self._routes.only() if model is None else model
         self._check(visit, name)
-        work = (estimated_tokens(visit.body_bytes, *args), sequences(*args)) if method == "embed" else (0, 0)
-        await visit.hold(self._admission.slot(visit.tenant, self._routes.base(name), *work, visit.deadline))
-        adapter = (self._routes.adapter(name),) if method == "embed" else ()
-        return await self._routes.ask(name, method, *args, *adapter, deadline=visit.deadline)
+        await visit.hold(self._admission.slot(visit.tenant, name, 0, 0, visit.deadline))
+        return await self._routes.ask(name, method, *args, deadline=visit.deadline)
+
+    async def _turn(self, visit: Visit, request: Work) -> tuple[Turn, Target]:
+        """Wait until a model computes something of a request, and to what its name leads then.
+
+        Adapters take turns with the model that they share replicas with, and embeddings with all else that it computes.
+        """
+        for application in self._routes.table[request.model].applications:
+            if engine := self._engines.get(application):
+                check_size(request, engine)
+        tokens = estimated_tokens(visit.body_bytes, request)
+        slot = self._admission.slot(visit.tenant, request.model, tokens, sequences(request), visit.deadline)
+        turn = await visit.hold(slot)
+        return turn, self._routes.target(request.model)
+
+    async def _call(self, visit: Visit, request: Request) -> Call | PartedCall:
+        """Wait for a request's turn, and send it to a replica."""
+        turn, target = await self._turn(visit, request)
+
+        async def send(part: Request) -> Call:
+            return await self._routes.call(part, visit.deadline, self._waiting(turn), target)
+
+        async def check() -> int:
+            prompt_tokens: int = await self._routes.ask(
+                target, "check", request, target.adapter, deadline=visit.deadline
+            )
+            check_prompt(prompt_tokens, visit.tenant, self._http)
+            return prompt_tokens
+
+        return await sent(request, turn, send, check)
 
     def _check(self, visit: Visit, model: str) -> None:
         """Raises `Refused`: 403, this tenant may not call this model; 404, there is none; 503, it does not load."""
@@ -318,27 +366,12 @@ class Gateway:
         if why := self._capacity.failure(model):
             raise not_loading(model, why)
 
-    def _listed(self, model: str, about: Description | None) -> dict[str, Any]:
-        return {
-            "id": model,
-            "object": "model",
-            "created": about.published_unix_seconds if about else 0,
-            "owned_by": "raymodels",
-            "root": about.reference if about else None,
-            "parent": self._routes.table[model].parent,
-            "max_model_len": about.context if about else None,
-            "has_chat_template": about.has_chat_template if about else None,
-        }
-
     async def _answer(self, http: HttpRequest, read: Callable[[Any], Request]) -> Response:
         visit: Visit = http.state.visit
         request = await self._read(http, read)
         self._check(visit, request.model)
         request = limited(request, visit.tenant, self._http)
-        tokens = estimated_tokens(visit.body_bytes, request)
-        base = self._routes.base(request.model)  # adapters take turns with the model that they share replicas with
-        await visit.hold(self._admission.slot(visit.tenant, base, tokens, sequences(request), visit.deadline))
-        call = await self._routes.call(request, visit.deadline, self._waiting(request.model))
+        call = await self._call(visit, request)
         visit.at_end(call.cancel)
         visit.usage = call.usage
         check_prompt(call.usage.prompt_tokens, visit.tenant, self._http)

@@ -44,6 +44,8 @@ QUEUE_SECONDS = Histogram("raymodels_serve_queue_seconds", "waiting in the gatew
 REPLICAS = Gauge("raymodels_serve_replicas", "replicas that are running", ("model",))
 REPLICA_CHANGES = Counter("raymodels_serve_replica_changes", "changes of that number, by why", ("model", "reason"))
 
+TABLES_REFUSED = Counter("raymodels_serve_table_failures", "changed routing tables that could not be used")
+
 KEYS_LOADED = Gauge("raymodels_serve_keys_loaded_timestamp_seconds", "when the keys in force were read")
 KEYS_RELOAD_FAILED = Counter("raymodels_serve_keys_reload_failures", "changed keys files that could not be used")
 
@@ -140,3 +142,13 @@ def replicas_changed(model: str, replicas: int, reason: str) -> None:
     """Show a model's replicas, and why their number is another one now."""
     REPLICAS.labels(model).set(replicas)
     REPLICA_CHANGES.labels(model, reason).inc()
+
+
+def table_refused() -> None:
+    TABLES_REFUSED.inc()
+
+
+def replicas_gone(model: str) -> None:
+    """Show no replicas and no engine of a model that is served no more; what was counted of it stays."""
+    for gauge in (REPLICAS, *ENGINE.values()):
+        gauge.remove(model)

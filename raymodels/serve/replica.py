@@ -29,6 +29,7 @@ from raymodels.serve.engine import (
     InvalidRequest,
     QueueFull,
     RequestFailed,
+    validate,
 )
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
@@ -184,6 +185,18 @@ class Replica:
                 self._load.left(choices)
             for part in parts:
                 self._engine.abort(part.id)
+
+    async def check(self, request: Request, adapter: str | None = None) -> int | Problem:
+        """The prompt tokens of a request that is to be answered in parts, or why it cannot be, whichever part it is."""
+        try:
+            parts = self._translator.parts(request, adapter)
+            for part in parts:
+                validate(part, self._engine.context, self._engine.text.size, self._choices, [adapter or ""])
+        except Refused as error:
+            return error.problem
+        except InvalidRequest as error:
+            return _problem(error, request)
+        return sum(len(part.tokens) for part in parts)
 
     async def embed(self, request: EmbeddingRequest, adapter: str | None = None) -> Embedded | Problem:
         """The vectors of one or several texts."""

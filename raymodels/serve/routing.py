@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,6 +47,14 @@ class Route:
         return str(random.choices(names, weights)[0])
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where one request goes: chosen once, so that all that belongs to it is answered by one version."""
+
+    application: str
+    adapter: str | None
+
+
 @dataclass
 class Routes:
     """The routing table, and handles to the applications in it.
@@ -60,7 +68,21 @@ class Routes:
     table: dict[str, Route]
     bound: dict[str, Any] = field(default_factory=dict)
     wait_s: float = math.inf
+    _found: dict[str, Any] = field(default_factory=dict, init=False)
+    """Handles of applications of their own."""
     _sent: WeakKeyDictionary[Any, float] = field(default_factory=WeakKeyDictionary, init=False)  # and when
+
+    def replace(self, table: Mapping[str, Route]) -> None:
+        """Take over another table. What was sent by the one before goes on."""
+        self.table.clear()
+        self.table |= table
+        wanted = {application for route in self.table.values() for application in route.applications}
+        self._found = {name: handle for name, handle in self._found.items() if name in wanted}
+
+    def target(self, model: str) -> Target:
+        """Where a request for a model goes now; raises `Refused`, 404, if there is no such model."""
+        route = self._route(model)
+        return Target(route.choose(), model if route.parent else None)
 
     async def watch(self) -> None:
         """After the death of a node, send again what no replica has taken, until cancelled.
@@ -92,18 +114,22 @@ class Routes:
         about: Description = await self.ask(model, "describe", deadline=deadline)
         return about
 
-    async def call(self, request: Request, deadline: float, waiting: Waiting = NOBODY) -> Call:
+    async def call(
+        self, request: Request, deadline: float, waiting: Waiting = NOBODY, target: Target | None = None
+    ) -> Call:
         """Send a request to a replica of its model; returns once the replica has taken it.
 
         Args:
             deadline: when to give up, in the event loop's time.
             waiting: what waits here for the same model, told to the replica.
+            target: default: where the request's model leads now.
 
         Raises:
             Refused: by the table, by the replica, or because none takes it in time.
         """
-        handle = await self._handle(self._route(request.model).choose())
-        asked = (request, waiting, self.adapter(request.model))
+        target = target or self.target(request.model)
+        handle = await self._handle(target.application)
+        asked = (request, waiting, target.adapter)
         call = Call(lambda: self._noted(handle.options(stream=True).generate.remote(*asked)), deadline, self.wait_s)
         try:
             await call.accept()
@@ -112,9 +138,10 @@ class Routes:
             raise
         return call
 
-    async def ask(self, model: str, method: str, *args: Any, deadline: float) -> Any:
+    async def ask(self, model: str | Target, method: str, *args: Any, deadline: float) -> Any:
         """Call a method of a replica that answers once, again on another one where that dies; raises as `call`."""
-        handle = await self._handle(self._route(model).choose())
+        target = self.target(model) if isinstance(model, str) else model
+        handle = await self._handle(target.application)
         retries = RETRIES
         while True:
             response = self._noted(getattr(handle, method).remote(*args))
@@ -162,10 +189,6 @@ class Routes:
         """The model whose replicas answer for a name: another one's if it is an adapter."""
         return self._route(model).parent or model
 
-    def adapter(self, model: str) -> str | None:
-        """The adapter that replicas are asked for by a name; none for a model itself."""
-        return model if self._route(model).parent else None
-
     def check(self, model: str) -> None:
         """Raises `Refused`, 404, if there is no such model."""
         self._route(model)
@@ -181,12 +204,14 @@ class Routes:
         return self.table[model]
 
     async def _handle(self, application: str) -> Any:
-        if application not in self.bound:
+        if application in self.bound:
+            return self.bound[application]
+        if application not in self._found:
             try:
-                self.bound[application] = await asyncio.to_thread(serve.get_app_handle, application)
+                self._found[application] = await asyncio.to_thread(serve.get_app_handle, application)
             except RayServeException as error:
                 raise _failed(error) from error
-        return self.bound[application]
+        return self._found[application]
 
 
 class ReplicaLost(Refused):
@@ -234,7 +259,7 @@ class Call:
             self.usage.prompt_tokens, self.ignored = first.prompt_tokens, first.ignored
             return
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Deltas as they come. Closing the iterator gives the request up.
 
         Raises:

@@ -13,6 +13,12 @@ TRAIN_WORKERS, SERVE_WORKERS = (f"{cluster}.workerGroupSpecs[0]" for cluster in 
 TRAIN_POD, SERVE_POD = (f"{group}.template.spec" for group in (TRAIN_WORKERS, SERVE_WORKERS))
 NIGHTLY, SERVED = "RayCronJob/evaluate spec", f"{SERVICE}.serveConfigV2"
 CONFIG = 'ConfigMap/serve-config data["serve.yaml"]'
+NEXT = {
+    "name": "next",
+    "import_path": "raymodels.serve.deploy:version",
+    "route_prefix": None,
+    "args": {"config": "/etc/raymodels/x.yaml", "model": "python-demo"},
+}
 V2 = {"name": "RAY_enable_autoscaler_v2", "value": "1"}
 LONG = "a" * 48
 TRAIN_COMMAND = "python /app/jobs/train.py /app/jobs/configs/demo.yaml"
@@ -325,6 +331,26 @@ CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("serve-import", {f"{SERVED}.applications[0].import_path": "raymodels.serve.deploy:aplication"}, None),
     ("application-config", {f"{SERVED}.applications[0].args.config": "/etc/raymodels/x.yaml"}, None),
     ("application-config", {f"{CONFIG}.modelz": []}, CONFIG),
+    (
+        "serve-table",
+        {f"{SERVED}.applications[0].deployments": [{"name": "gateway", "user_config": {"tabel": {}}}]},
+        f"{SERVED}.applications[0].deployments[0].user_config",
+    ),
+    (
+        "serve-table",
+        {
+            f"{SERVED}.applications[0].deployments": [
+                {"name": "gateway", "user_config": {"table": {"m": {"applications": {"demo--v2": 1}}}}}
+            ]
+        },
+        f"{SERVED}.applications[0].deployments[0].user_config.table.m",
+    ),
+    (
+        "application-config",
+        {f"{SERVED}.applications[1]": {**NEXT, "args": {"config": "/etc/raymodels/serve.yaml", "model": "other"}}},
+        f"{SERVED}.applications[1].args.model",
+    ),
+    ("application-config", {f"{SERVED}.applications[1]": NEXT}, f"{SERVED}.applications[1].args.config"),
     ("registry-shared", {f"{CONFIG}.registry": "/mnt/shared/other"}, None),
     ("model-published", {f"{CONFIG}.models[0].model": "other@prod"}, None),
     ("model-published", {f"{CONFIG}.models[0].model": "python-demo@canary"}, None),

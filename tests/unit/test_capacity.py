@@ -11,8 +11,8 @@ from prometheus_client import REGISTRY
 from ray import serve
 
 from raymodels.config import EngineConfig, HttpConfig
-from raymodels.serve.admission import Room
 from raymodels.serve.capacity import Capacity, Replicas, cause, deployments
+from raymodels.serve.fair_queue import Room
 from raymodels.serve.routing import Route
 
 TABLE = {"lm": Route({"lm--v1": 0.9, "lm--v2": 0.1}), "other": Route({"other--v1": 1.0})}

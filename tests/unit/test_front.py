@@ -22,9 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from raymodels.config import HttpConfig
 from raymodels.serve import metrics
 from raymodels.serve.access_log import LOGGER, JsonLines
-from raymodels.serve.admission import Admission, Room
+from raymodels.serve.admission import Admission
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
+from raymodels.serve.fair_queue import Room
 from raymodels.serve.front import Door, Front, Visit, forbidden
 from raymodels.serve.tenants import add_key
 

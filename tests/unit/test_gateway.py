@@ -23,7 +23,7 @@ from raymodels.serve.gateway import Gateway, app
 from raymodels.serve.openapi import page
 from raymodels.serve.replica import Accepted, Description, Embedded
 from raymodels.serve.routing import Route
-from raymodels.serve.schema import Request
+from raymodels.serve.schema import Problem, Request
 from raymodels.serve.tenants import add_key
 from tests.unit.endpoint import LocalHandle, serve_status
 
@@ -46,9 +46,15 @@ class Script:
                 if number == told.get("fails_at"):
                     raise ValueError("the cause")
                 last = number == told.get("tokens", 2)
-                yield [Delta(0, f"t{number} ", number, finish="length" if last else None)]
+                choices = range(request.n * len(request.prompts))  # type: ignore[union-attr]
+                yield [Delta(c, f"t{number} ", number, finish="length" if last else None) for c in choices]
         finally:
             running -= 1
+
+    async def check(self, request: Request, adapter: str | None) -> int | Problem:
+        if any("bad" in prompt for prompt in request.prompts):  # type: ignore[union-attr, operator]
+            return Problem(status=400, message="a bad prompt", param="prompt")
+        return 5 * len(request.prompts)  # type: ignore[union-attr]
 
     async def describe(self) -> Description:
         return Description(
@@ -146,6 +152,91 @@ def test_a_full_queue_is_429(use: Any) -> None:
         refused = [answer for answer in answers if answer.status_code != 200]
         assert [error(answer) for answer in refused] == [(429, "queue_full")] * 7  # 5 run, 8 wait
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+
+    use(what)
+
+
+async def busy(client: httpx.AsyncClient, key: str, until: asyncio.Event) -> None:
+    """More requests than the model takes at once, for as long as they are wanted."""
+
+    async def one() -> None:
+        while not until.is_set():
+            assert (await ask(client, key, pause=0.005)).status_code == 200
+
+    await asyncio.gather(*(one() for _ in range(6)))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answers"),
+    [
+        ("/v1/embeddings", {"input": ["x"] * 4}, 4),  # of four places one is left to tenants with less
+        ("/v1/embeddings", {"input": ["x"] * 12}, 12),  # all that four places and a queue of eight hold
+        ("/v1/completions", {"prompt": "{}", "n": 3}, 3),
+        ("/v1/completions", {"prompt": "{}", "n": 4}, 4),
+        ("/v1/completions", {"prompt": ["{}"] * 4, "n": 3}, 12),
+    ],
+)
+def test_a_large_request_gets_its_turn_while_another_key_never_stops(
+    use: Any, tmp_path: Path, path: str, fields: dict[str, Any], answers: int
+) -> None:
+    file = str(tmp_path / "keys.yaml")
+    loud, quiet = add_key(file, "loud"), add_key(file, "quiet")
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        enough = asyncio.Event()
+        others = asyncio.create_task(busy(client, loud, enough))
+        while not gateway._admission.queue("m").waiting:
+            await asyncio.sleep(0)
+        own = {"Authorization": f"Bearer {quiet}"}
+        async with asyncio.timeout(10):
+            answer = (await client.post(path, json={"model": "m", **fields}, headers=own)).json()
+        enough.set()
+        await others
+        found = answer.get("data") or answer["choices"]
+        assert [each["index"] for each in found] == list(range(answers))
+        assert answer["usage"]["prompt_tokens"] == (3 * answers if "data" in answer else 5 * len(found) // fields["n"])
+        assert gateway._admission.queue("m").idle
+
+    use(what, keys_file=file)
+    assert use.log()[-1]["status"] == 200
+
+
+def test_of_prompts_computed_in_parts_a_bad_one_is_told_before_the_stream_begins(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a")
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        own = {"Authorization": f"Bearer {key}"}
+        body = {"model": "m", "stream": True, "prompt": ["{}"] * 11 + ['{"bad": 1}']}
+        answer = await client.post("/v1/completions", json=body, headers=own)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+        streamed = await client.post("/v1/completions", json=body | {"prompt": ["{}"] * 12}, headers=own)
+        events = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if "{" in line]
+        assert {event["choices"][0]["index"] for event in events} == set(range(12))
+        assert gateway._admission.queue("m").idle
+
+    use(what, keys_file=file)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/embeddings", {"input": ["x"] * 13}, "input"),
+        ("/v1/completions", {"prompt": "{}", "n": 5}, "n"),
+        ("/v1/completions", {"prompt": ["{}"] * 13}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 5}, "n"),
+    ],
+)
+def test_what_never_fits_is_refused_without_waiting(use: Any, path: str, fields: dict[str, Any], param: str) -> None:
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        others = [asyncio.create_task(ask(client, pause=0.2)) for _ in range(5)]
+        while gateway._admission.queue("m").running < 5:
+            await asyncio.sleep(0)
+        answer = await client.post(path, json={"model": "m", **fields})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert "over the" in answer.json()["error"]["message"]
+        assert not any(other.done() for other in others)
+        await asyncio.gather(*others)
 
     use(what)
 

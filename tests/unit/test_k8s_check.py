@@ -23,7 +23,9 @@ from tests.unit.k8s_mistakes import (
     CASES,
     CONFIG,
     JOB,
+    NEXT,
     SCHEMA_CASES,
+    SERVED,
     SHARED,
     TRAIN_COMMAND,
     TRAIN_HEAD,
@@ -68,6 +70,20 @@ def test_the_rule_fires_at_its_place(rule: str, changes: dict[str, Any], path: s
 
 def test_every_rule_has_a_case() -> None:
     assert {rule.__name__.replace("_", "-") for rule in RULES} == {rule for rule, _, _ in CASES}
+
+
+def test_a_table_may_lead_to_versions_beside_the_gateway_and_to_applications_of_their_own() -> None:
+    routes = {
+        "python-demo": {"applications": {"python-demo--v3": 0.9, "next": 0.1}},
+        "renamed": {"applications": {"python-demo--v2": 1}},
+    }
+    deployment = {"name": "gateway", "user_config": {"table": routes, "engines": {"next": {"max_batch": 4}}}}
+    arguments = {"config": "/etc/raymodels/serve.yaml", "model": "python-demo"}
+    changes = {
+        f"{SERVED}.applications[0].deployments": [deployment],
+        f"{SERVED}.applications[1]": {**NEXT, "args": arguments},
+    }
+    assert not places(edited(changes))
 
 
 def test_the_checklist_is_not_for_local_sets() -> None:
