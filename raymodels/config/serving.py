@@ -98,6 +98,9 @@ class HttpConfig(Section):
     )
     tls_key: str | None = Field(None, description="PEM file of its key, such as a mounted secret's")
     max_body_bytes: Positive = 8 << 20
+    max_connections: Positive = Field(
+        4096, description="of one gateway, with ingress direct; one that waits for its client makes room for a new one"
+    )
     request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
     replica_wait_s: float = Field(
         120, gt=0, description="how long a request waits for a replica to take it where none runs; then 503"

@@ -27,6 +27,7 @@ from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
 from raymodels.serve.capacity import cannot_start
 from raymodels.serve.gateway import Gateway
+from raymodels.serve.proxy import IN_PROXIES
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
@@ -284,7 +285,7 @@ def _start_http(http: HttpConfig) -> str:
     options = {"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30}
     if not direct and http.tls_cert is not None:
         options |= {"ssl_keyfile": http.tls_key, "ssl_certfile": http.tls_cert}
-    serve.start(http_options=options)
+    serve.start(http_options=options, controller_options={"runtime_env": {"env_vars": IN_PROXIES}})
     return _url(http.host, http.port if direct else port, http.tls_cert is not None)
 
 
