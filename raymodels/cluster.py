@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from raymodels import niceness
 from raymodels.config import WorkersConfig
 from raymodels.errors import ClusterError
 
@@ -37,6 +38,7 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(niceness.VARIABLE, str(niceness.SERVER))
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)

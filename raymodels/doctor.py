@@ -3,6 +3,7 @@ what to install where only the core is."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from raymodels import storage
+from raymodels import niceness, storage
 from raymodels.errors import StorageError
 
 GIB = 1 << 30
@@ -49,6 +50,7 @@ def checks(place: str = "./runs") -> list[Check]:
         *(_driver(protocol, module) for protocol, module in DRIVERS.items()),
         _writable(place),
         _token(),
+        _niceness(),
     ]
 
 
@@ -163,3 +165,18 @@ def _token() -> Check:
     detail = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is unset: raymodels uses token"
     remedy = "anyone who reaches this Ray runs code on it: set RAY_AUTH_MODE=token"
     return _check("ray token", mode.lower() in ("", "token"), detail, remedy)
+
+
+def _niceness(processes: Path = Path("/proc")) -> Check:
+    """Whether a Ray that runs on this machine leaves its workers the priority that whoever is served waits for."""
+    environments = []
+    for name in processes.glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if name.read_text().strip() == "raylet":
+                environments.append(name.with_name("environ").read_text(errors="replace").split("\0"))
+    wanted = f"{niceness.VARIABLE}={niceness.SERVER}"
+    lowered = sum(wanted not in environment for environment in environments)
+    if not environments:
+        return Check("ray niceness", True, f"no Ray runs here: raymodels starts it with {wanted}", optional=True)
+    detail = f"{lowered} of {len(environments)} Ray nodes here let other processes go before what they serve"
+    return _check("ray niceness", not lowered, detail if lowered else wanted, niceness.REMEDY, optional=True)

@@ -24,6 +24,7 @@ from raymodels.batch.lines import (
 )
 from raymodels.config import EngineConfig
 from raymodels.errors import RaymodelsError
+from raymodels.niceness import give_way
 from raymodels.serve.answers import Usage, answer_to, embeddings
 from raymodels.serve.engine import NO_ADAPTERS, Delta
 from raymodels.serve.replica import Accepted, Replica
@@ -77,6 +78,7 @@ class Answerer:
         threads: int,
         adapters: Mapping[str, str] = NO_ADAPTERS,
     ) -> None:
+        give_way()  # before the engine starts threads
         self._place = place
         self._names = (served_as, *adapters)
         self._unnamed = unnamed

@@ -97,7 +97,10 @@ class HttpConfig(Section):
         None, description="PEM file of the certificate and its chain; with tls_key, https alone is answered"
     )
     tls_key: str | None = Field(None, description="PEM file of its key, such as a mounted secret's")
-    max_body_bytes: Positive = 8 << 20
+    max_body_bytes: Positive = Field(8 << 20, description="of a request; what replicas are sent and send follows it")
+    max_connections: Positive = Field(
+        4096, description="of one gateway, with ingress direct; one that waits for its client makes room for a new one"
+    )
     request_timeout_s: float = Field(600, gt=0, description="the header X-Request-Timeout may ask for less")
     replica_wait_s: float = Field(
         120, gt=0, description="how long a request waits for a replica to take it where none runs; then 503"
@@ -119,6 +122,14 @@ class HttpConfig(Section):
     otlp_endpoint: str | None = Field(
         None, description="http://HOST:4318 of an OpenTelemetry collector; default: OTEL_EXPORTER_OTLP_ENDPOINT"
     )
+
+    @property
+    def message_bytes(self) -> int:
+        """The largest message between gateways and replicas.
+
+        A body becomes up to 1.5 times as large there, and the tokens of its text, with their names, 20 times.
+        """
+        return min(max(32 * self.max_body_bytes, 64 << 20), 2**31 - 1)
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> Self:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 from raymodels.errors import RaymodelsError
+from raymodels.niceness import give_way
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,6 +39,7 @@ def _on_processes(work: Callable[[Item], Result], items: Sequence[Item], process
 
 
 def _start_worker() -> None:
+    give_way()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback of its own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
 
@@ -46,6 +48,7 @@ def _on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[R
     import ray.data
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
+        give_way()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
             return {"result": pickle.dumps(work(pickle.loads(row["item"])))}

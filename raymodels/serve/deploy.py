@@ -17,15 +17,17 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.api import RunTarget
+from ray.serve.exceptions import RayServeException
 
 import raymodels
-from raymodels import storage
+from raymodels import niceness, storage
 from raymodels.cluster import connect
 from raymodels.config import EngineConfig, HttpConfig, KeysConfig, ModelServeConfig, ServeConfig, load
 from raymodels.errors import ConfigError, RegistryError, ServeError
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import check_all, fingerprint, resolved
 from raymodels.serve.gateway import Gateway
+from raymodels.serve.proxy import IN_PROXIES
 from raymodels.serve.replica import ModelDeployment
 from raymodels.serve.routing import Route
 from raymodels.serve.scaling import serve_settings
@@ -38,7 +40,10 @@ GATEWAY = "gateway"
 LOCAL = "127.0.0.1"
 # The gateway calls replicas by gRPC from its own event loop, instead of through actor calls made in another thread.
 DIRECTLY = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+"""Read by gateways and replicas as they start; gRPC's own limit is 4 MiB. A private name, seen in Ray 2.60."""
 WATCH_S = 5.0
+ASK_S = 10.0
 VERSION_POLL_S = 10.0
 SHUTDOWN_S = 30.0
 
@@ -125,6 +130,7 @@ def deploy(config: ServeConfig) -> Endpoint:
             serve.run_many(_distinct(stage), wait_for_applications_running=False)
             wait_until_running([target.name for target in stage], deadline, config.start_timeout_s)
         _wait_until_listening(endpoint.url, deadline, config.start_timeout_s)
+        _warn_of_niceness()
     except BaseException:
         endpoint.applications = [name for name in endpoint.applications if name not in present]
         endpoint.close()
@@ -230,7 +236,9 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, versions: dict[str, 
             "num_cpus": model.cpus,
             "num_gpus": model.gpus,
             # Read when torch is loaded; without it every replica would start a thread per core of the machine.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {
+                "env_vars": {"OMP_NUM_THREADS": str(threads), MESSAGE_BYTES: str(config.http.message_bytes)}
+            },
         },
         # Twice what the engine holds, so that it is the engine which refuses: it counts choices, not requests.
         max_ongoing_requests=2 * (engine.max_batch + engine.max_queue),
@@ -241,6 +249,7 @@ def _replicas(config: ServeConfig, model: ModelServeConfig, versions: dict[str, 
             version.reference,
             engine.model_dump_json(),
             threads,
+            config.http.message_bytes,
             sorted((name, fingerprint(source)) for name, source in adapters.items()),
         ),
         _internal=True,
@@ -257,10 +266,11 @@ def _gateway(http: HttpConfig, table: dict[str, Route], engines: dict[str, Engin
     """The gateway's deployment. A table in here can be changed without a restart, one among its arguments cannot."""
     # Its port is looked for where Serve's own proxies are by default.
     node = {HEAD_NODE_RESOURCE_NAME: 0.001} if http.ingress == "direct" else {}
+    environment = DIRECTLY | {MESSAGE_BYTES: str(http.message_bytes)}
     gateway = cast(Any, Gateway).options(
         name=GATEWAY,
         num_replicas=http.gateway_replicas,
-        ray_actor_options={"num_cpus": http.gateway_cpus, "resources": node, "runtime_env": {"env_vars": DIRECTLY}},
+        ray_actor_options={"num_cpus": http.gateway_cpus, "resources": node, "runtime_env": {"env_vars": environment}},
         max_ongoing_requests=10_000,
     )
     routes = {
@@ -297,7 +307,7 @@ def _start_http(http: HttpConfig) -> str:
     options = {"host": host, "port": port, "request_timeout_s": http.request_timeout_s + 30}
     if not direct and http.tls_cert is not None:
         options |= {"ssl_keyfile": http.tls_key, "ssl_certfile": http.tls_cert}
-    serve.start(http_options=options)
+    serve.start(http_options=options, controller_options={"runtime_env": {"env_vars": IN_PROXIES}})
     return _url(http.host, http.port if direct else port, http.tls_cert is not None)
 
 
@@ -349,6 +359,17 @@ def _wait_until_listening(url: str, deadline: float, timeout_s: float) -> None:
             if time.monotonic() > deadline:
                 raise ServeError(f"nothing answers at {url} after start_timeout_s {timeout_s:g}: {error}") from error
             time.sleep(POLL_S)
+
+
+def _warn_of_niceness() -> None:
+    """Say so if the Ray that is there lets others go before what it serves."""
+    try:
+        found = serve.get_app_handle(GATEWAY).process.remote().result(timeout_s=ASK_S).niceness
+    except (TimeoutError, RayServeException, RayActorError) as error:
+        log.warning("the gateway does not say at which priority it runs: %s", error)
+        return
+    if found > niceness.SERVER:
+        log.warning("the endpoint gives way to others on its machine (niceness %d): %s", found, niceness.REMEDY)
 
 
 def _watch(names: list[str], before: Unready) -> Unready:

@@ -61,7 +61,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _listen(app: FastAPI) -> Listener | None:
     while (gateway := serve.get_replica_context().servable_object) is None:
         await asyncio.sleep(0.01)
-    return Listener(app, gateway.port, gateway.certificate) if gateway.port else None
+    if gateway.port is None:
+        return None
+    return Listener(app, gateway.port, gateway.certificate, gateway.front.http.max_connections)
 
 
 app = FastAPI(title="raymodels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)

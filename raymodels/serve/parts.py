@@ -126,6 +126,8 @@ class PartedCall:
         self._got: Callable[[list[Delta]], None] = lambda deltas: None
         self._prompt_tokens = prompt_tokens
         self.usage = Usage(0)
+        self.ignored: tuple[str, ...] = ()
+        """As `routing.Call.ignored`: of the first part, which has the same fields as the others."""
 
     async def accept(self) -> None:
         """Wait until a replica has taken the first part, or refused it."""
@@ -170,6 +172,7 @@ class PartedCall:
     async def _compute(self, part: Request, begin: int) -> None:
         call = await self._send(part)
         if not self._taken.done():
+            self.ignored = call.ignored
             self._taken.set_result(call.usage.prompt_tokens)
         try:
             if part.stream:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ray import serve
 from transformers import AutoConfig
 
+from raymodels import niceness
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
@@ -97,12 +98,15 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Process:
-    """The process that a replica or a gateway runs in, and how many tasks its event loop has."""
+    """The process that a replica or a gateway runs in, how many tasks its event loop has, and its niceness."""
 
     pid: int
     tasks: int
+    niceness: int
 
 
+PORTION = 50_000
+"""Tokens and alternatives in one message: some megabytes."""
 NOBODY = Waiting(0, 0)
 Item = Accepted | Problem | list[Delta]
 
@@ -131,6 +135,8 @@ class Replica:
         threads: int,
         adapters: Mapping[str, str] = NO_ADAPTERS,
     ) -> None:
+        if niceness.current() > niceness.SERVER:
+            log.warning("this replica gives way to others on its machine: %s", niceness.REMEDY)
         self._version: Version = Registry(registry).resolve(reference)
         folder = self._version.fetch()
         folders = {name: fetched(source, Registry(registry)) for name, source in adapters.items()}
@@ -177,7 +183,8 @@ class Replica:
                         self._load.first_token(time.monotonic() - began)
                         began = 0.0
                     placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
-                    yield [_shifted(delta, offsets) for delta in placed]
+                    for portion in portions([_shifted(delta, offsets) for delta in placed]):
+                        yield portion
         except (InvalidRequest, RequestFailed) as error:  # a grammar that could not be followed to its end, say
             yield _problem(error, request)
         finally:
@@ -278,7 +285,7 @@ class Replica:
 
 
 def this_process() -> Process:
-    return Process(os.getpid(), len(asyncio.all_tasks()))
+    return Process(os.getpid(), len(asyncio.all_tasks()), niceness.current())
 
 
 def _problem(error: InvalidRequest | QueueFull | RequestFailed, request: Wire) -> Problem:
@@ -301,6 +308,20 @@ def _shifted(delta: Delta, offsets: list[int]) -> Delta:
     if not offset or not delta.tokens:
         return delta
     return replace(delta, tokens=tuple(replace(token, offset=token.offset + offset) for token in delta.tokens))
+
+
+def portions(deltas: list[Delta]) -> Iterator[list[Delta]]:
+    """The same deltas in lists of about `PORTION` tokens and alternatives: messages have a largest size."""
+    portion: list[Delta] = []
+    size = 0
+    for delta in deltas:
+        portion.append(delta)
+        size += sum(1 + len(token.top) for token in (*delta.prompt, *delta.tokens))
+        if size >= PORTION:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 async def _merged(

@@ -370,12 +370,24 @@ def _failed(error: BaseException) -> Refused:
     if _lost(error):
         log.warning("a replica was lost with a request: %r", error)
         return ReplicaLost(_unavailable("the model's replica was lost: try again", "replica_lost"))
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Refused(_too_large(error))
     log.error("a replica failed", exc_info=error)
     if isinstance(error, RayServeException):
         return Refused(_unavailable("no replica of this model is running: try again later"))
     return Refused(
         Problem(status=500, message="the model's replica failed", type="server_error", code="replica_failed")
     )
+
+
+def _too_large(error: grpc.aio.AioRpcError) -> Problem:
+    """A message over `HttpConfig.message_bytes`: gRPC says by whom it was not taken."""
+    log.warning("a message between gateway and replica is too large: %s", error.details())
+    if "CLIENT" in (error.details() or ""):
+        message = "the answer is too large to be sent at once: ask for less in one request, or for a stream"
+        return Problem(status=500, message=message, type="server_error", code="answer_too_large")
+    message = "the request is too large for its model's replica: send less in one request"
+    return Problem(status=413, message=message, code="body_too_large")
 
 
 def _lost(error: BaseException) -> bool:

@@ -23,10 +23,12 @@ def work(job: dict[str, Any]) -> None:
     """
     import ray.train
 
+    from raymodels.niceness import give_way
     from raymodels.train.failure import telling
     from raymodels.train.heartbeat import Heart
     from raymodels.train.meter import Phases
 
+    give_way()
     context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
     heart = Heart(job["beats"], context.get_world_rank(), context.get_world_size(), node)
     phases = Phases(heart)

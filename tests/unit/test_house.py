@@ -19,7 +19,7 @@ PACKAGE = ROOT / "raymodels"
 
 # Layers from the ground up; a room may use its own layer's rooms only where the list of pairs below says so.
 LAYERS = [
-    ["errors"],
+    ["errors", "niceness"],
     ["config", "storage", "ledger"],
     ["manifest", "journal"],
     ["data", "models", "tasks"],

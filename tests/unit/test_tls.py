@@ -83,8 +83,6 @@ def listening(certificate: Certificate) -> Iterator[str]:
 
     async def run() -> None:
         listener = Listener(one_model, shared_port(HOST, port), certificate)
-        while not listener._server.started:
-            await asyncio.sleep(0.01)
         ready.set()
         await stop.wait()
         await listener.drain()
@@ -251,7 +249,7 @@ def test_kuberay_is_told_where_tls_ends(files: Files, tmp_path: Path) -> None:
 def test_serves_proxies_are_given_the_certificate(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what `deploy` starts Serve with, the function that listens in its proxies answers https."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(serve, "start", lambda http_options: given.update(http_options))
+    monkeypatch.setattr(serve, "start", lambda http_options, **_: given.update(http_options))
     http = HttpConfig(ingress="proxy", port=0, tls_cert=files.cert, tls_key=files.key)
     url = deploy._start_http(http)
     assert url.startswith("https://127.0.0.1:")
