@@ -76,9 +76,7 @@ class Confined:
         Raises:
             Lost: the function cannot be imported; the worker's standard error, which is ours, says why.
         """
-        while len(self._idle) + len(self._calls) < self._count:
-            self._idle.append(_Worker(self._command))
-        await asyncio.gather(*(worker.ready() for worker in self._idle))
+        await asyncio.gather(*(self._start() for _ in range(self._count)))
 
     async def call(self, data: bytes, seconds: float | None = None) -> bytes:
         """What the function returns. Should the caller be cancelled, the call ends by itself, within its seconds.
@@ -100,6 +98,10 @@ class Confined:
         for worker in self._idle:
             await worker.end()
         self._idle.clear()
+
+    async def _start(self) -> None:
+        async with self._free:
+            self._idle.append(await self._worker())
 
     def _called(self, call: asyncio.Task[bytes]) -> None:
         self._calls.discard(call)

@@ -35,6 +35,8 @@ MEMORY_BYTES = 2**27
 TEXT_BYTES = 2**20
 KEPT_BYTES = 2**28
 """Of compiled grammars that are kept for the next request that brings the same one."""
+LEAST_BYTES = 2**20
+"""What a compiled grammar is taken to need even if its process already had the memory."""
 KEPT_VERDICTS = 4096
 FAULTS_S = 10.0
 """Longest that several grammars are judged for."""
@@ -171,12 +173,12 @@ class Compiler:
         return verdict
 
     async def _found(self, grammar: Grammar) -> Verdict:
-        data = json.dumps([grammar.kind, grammar.text]).encode()
-        if len(data) > TEXT_BYTES:
+        if len(grammar.text) > TEXT_BYTES:
             return Verdict(f"it is over {TEXT_BYTES} bytes")
+        data = json.dumps([grammar.kind, grammar.text]).encode()
         try:
             why, size = json.loads(await self._probed(data))
-            return Verdict(why, size + len(data))
+            return Verdict(why, max(size, LEAST_BYTES) + len(data))
         except TooLong:
             return Verdict(f"it takes more than {SECONDS:g} s to compile")
         except TooLarge:

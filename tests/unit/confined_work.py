@@ -28,6 +28,12 @@ def _spin(_: bytes) -> None:
         pass
 
 
+def _interval(rest: bytes) -> bytes:
+    began = time.monotonic()
+    time.sleep(float(rest))
+    return f"{began} {time.monotonic()}".encode()
+
+
 def _raise(rest: bytes) -> None:
     raise ValueError(rest)
 
@@ -51,6 +57,7 @@ DOES: dict[str, Callable[[bytes], bytes | None]] = {
     "environment": lambda _: repr(os.environ).encode(),
     "print": lambda rest: print(rest.decode(), flush=True),
     "sleep": lambda rest: time.sleep(float(rest)),
+    "interval": _interval,
     "spin": _spin,
     "raise": _raise,
     "overflow": _overflow,

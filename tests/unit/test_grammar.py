@@ -45,7 +45,7 @@ def text(prepared: str) -> Text:
 @pytest.fixture(scope="module")
 def grammars(text: Text) -> Iterator[Grammars]:
     before = psutil.Process().children()
-    with mock.patch.object(grammar_compiler, "SECONDS", 0.4):
+    with mock.patch.object(grammar_compiler, "SECONDS", 0.2):
         found = Grammars(text, text.size)
         yield found
         found.close()
@@ -230,7 +230,7 @@ def test_compiled_grammars_are_kept_up_to_a_size(grammars: Grammars) -> None:
 
 DEAD_END = {
     "type": "object",
-    "properties": {"a": {"const": "0123456789" * 20}, "b": {"$ref": "#/$defs/b"}},
+    "properties": {"a": {"const": "0123456789" * 6}, "b": {"$ref": "#/$defs/b"}},
     "required": ["a", "b"],
     "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}},
 }
