@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from llguidance import LLMatcher
 
@@ -33,8 +34,8 @@ SECONDS, QUICK_S = 1.0, 0.1
 """Of processor time that a grammar may take. What takes longer than the second waits for others of its kind alone."""
 MEMORY_BYTES = 2**27
 TEXT_BYTES = 2**20
-KEPT_BYTES = 2**28
-"""Of compiled grammars that are kept for the next request that brings the same one."""
+HELD_BYTES = 2**29
+"""Of compiled grammars, in use or kept for the next request that brings the same one."""
 LEAST_BYTES = 2**20
 """What a compiled grammar is taken to need even if its process already had the memory."""
 KEPT_VERDICTS = 4096
@@ -52,7 +53,7 @@ class Verdict:
     bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Compiled(Grammar):
     """A grammar that has passed, of which each text takes a copy."""
 
@@ -69,6 +70,7 @@ class Compiler:
         self._slow = asyncio.Lock()
         self._verdicts = OrderedDict[bytes, Verdict]()
         self._kept = OrderedDict[bytes, Compiled]()
+        self._held = WeakValueDictionary[bytes, Compiled]()  # those kept, and those in use
         self._running: dict[tuple[str, bytes], asyncio.Task[Any]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="grammars", daemon=True)
@@ -130,9 +132,10 @@ class Compiler:
         verdict, key = await self._verdict(grammar), _key(grammar)
         if verdict.why is not None:
             raise _refused(grammar, verdict.why)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        if held := self._held.get(key):
+            self._keep(key, held)
+            return held
+        self._make_room(verdict.bytes)
         return await self._once(("compile", key), lambda: self._compile_here(key, grammar, verdict.bytes))
 
     async def _compile_here(self, key: bytes, grammar: Grammar, size: int) -> Compiled:
@@ -143,10 +146,19 @@ class Compiler:
             matcher = await asyncio.wrap_future(self._threads.submit(compiled))
         except Unusable as error:
             raise _refused(grammar, str(error)) from None
-        self._kept[key] = made = Compiled(grammar.kind, grammar.text, matcher, size)
-        while sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self._held[key] = made = Compiled(grammar.kind, grammar.text, matcher, size)
+        self._keep(key, made)
         return made
+
+    def _keep(self, key: bytes, compiled: Compiled) -> None:
+        self._kept[key] = compiled
+        self._kept.move_to_end(key)
+
+    def _make_room(self, size: int) -> None:
+        while sum(each.bytes for each in self._held.values()) + size > HELD_BYTES:
+            if not self._kept:
+                raise QueueFull("the grammars of the requests that are running take all memory: try again later")
+            self._kept.popitem(last=False)
 
     async def _faults(self, grammars: Sequence[Grammar]) -> list[str | None]:
         until = self._loop.time() + FAULTS_S

@@ -217,15 +217,18 @@ def test_on_a_machine_that_is_too_busy_a_grammar_may_be_tried_again(grammars: Gr
     assert grammars.compile_now(given).text == given.text
 
 
-def test_compiled_grammars_are_kept_up_to_a_size(grammars: Grammars) -> None:
-    many = [schema({"enum": [at, "kept"]}) for at in range(4)]
-    first = grammars.compile_now(many[0])
-    with mock.patch.object(grammar_compiler, "KEPT_BYTES", int(2.5 * first.bytes)):
-        for each in many:
-            grammars.compile_now(each)
-    again = grammars.compile_now(many[0])
-    assert again is not first
-    assert grammars.compile_now(many[3]) is grammars.compile_now(many[3])
+def test_compiled_grammars_are_held_up_to_a_size(grammars: Grammars) -> None:
+    one, two, three = (schema({"enum": [at, "held"]}) for at in range(3))
+    first = grammars.compile_now(one)
+    assert grammars.compile_now(one) is first
+    with mock.patch.object(grammar_compiler, "HELD_BYTES", int(2.5 * first.bytes)):
+        second = grammars.compile_now(two)
+        with pytest.raises(QueueFull, match="take all memory"):
+            grammars.compile_now(three)
+        del second
+        third = grammars.compile_now(three)
+        assert grammars.compile_now(three) is third
+        assert grammars.compile_now(one) is first  # still in use
 
 
 DEAD_END = {
