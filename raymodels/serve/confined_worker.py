@@ -82,7 +82,7 @@ def _call(pipe: socket.socket, function: Function, data: bytes, seconds: float, 
     if answering[0]:
         assert ended == 0, "half an answer has been sent"
         return
-    status, why = _cause(os.WTERMSIG(ended))
+    status, why = _cause(ended)
     pipe.sendall(ANSWER.pack(status, len(why)) + why)
 
 
@@ -103,7 +103,11 @@ def _limited(function: Function, data: bytes, seconds: float, memory_bytes: int)
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _cause(ended_by: int) -> tuple[Status, bytes]:
+def _cause(ended: int) -> tuple[Status, bytes]:
+    """Of the end of a process that has not answered, as `os.waitpid` tells it."""
+    if os.WIFEXITED(ended):
+        return Status.FAILED, f"exit code {os.WEXITSTATUS(ended)}".encode()
+    ended_by = os.WTERMSIG(ended)
     if ended_by == signal.SIGPROF:
         return Status.TOO_LONG, b""
     if ended_by in (signal.SIGABRT, signal.SIGKILL):  # Rust and C++ abort where memory is refused; the kernel kills

@@ -62,6 +62,7 @@ DOES: dict[str, Callable[[bytes], bytes | None]] = {
     "raise": _raise,
     "overflow": _overflow,
     "abort": lambda _: os.abort(),
+    "exit": lambda rest: os._exit(int(rest)),
     "end": lambda rest: os.kill(os.getpid(), int(rest)),
     "orphan": lambda _: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(60),
 }

@@ -76,6 +76,7 @@ def test_a_function_may_be_made_of_arguments_once() -> None:
         (b"end 9", TooLarge, "takes more than 64 MiB"),
         (b"overflow", Failed, "SIGSEGV"),
         (b"raise secret", Failed, "ValueError"),
+        (b"exit 3", Failed, "exit code 3"),
         (b"orphan", Lost, "SIGKILL"),
     ],
 )
