@@ -35,6 +35,8 @@ from raymodels.serve.transformers_engine import TransformersEngine
 
 CLIENTS = 8
 CONTEXT, LONG_TOKENS = 4096, 2000
+LEAVE_S = (0.05, 0.5)
+"""Clients leave at a random moment within one of these, long before their answers end."""
 UNENDING = {0: -100.0}
 """Bias of the token that ends a text."""
 SETTLE_S = 20.0
@@ -128,8 +130,8 @@ def round_trip_s() -> float:
     return statistics.median(taken)
 
 
-async def aborts(url: str, count: int, longest_s: float, others: int) -> dict[bool, list[float]]:
-    """Streaming or not -> seconds from each abort until its slot was free; what finished before does not count.
+async def aborts(url: str, count: int, others: int) -> dict[bool, list[float]]:
+    """Streaming or not -> seconds from each abort until its slot was free.
 
     Args:
         others: clients that are answered at the same time; the last slots are those that they leave at the end.
@@ -146,8 +148,7 @@ async def aborts(url: str, count: int, longest_s: float, others: int) -> dict[bo
         await asyncio.sleep(1 if others else 0)
         while sum(map(len, found.values())) < count:
             streaming = len(found[True]) <= len(found[False])
-            longest = draw.choice((0.05, longest_s))  # half of them leave as soon as they have come
-            if await asked(http, draw.uniform(0, longest), stream=streaming, **fields):
+            if await asked(http, draw.uniform(0, draw.choice(LEAVE_S)), stream=streaming, **fields):
                 found[streaming].append(await asyncio.to_thread(freed_s, others))
         for task in busy:
             task.cancel()
@@ -190,12 +191,12 @@ def footprints() -> list[Footprint]:
     return [of("gateway", gateway_process()), of("replica", replica)]
 
 
-async def whole_s(url: str) -> float:
-    """What a long request takes."""
+async def step_s(url: str) -> float:
+    """What one token of a request takes."""
     async with client(url, timeout_s=60) as http:
-        fields = {"prompt": "def main", "max_tokens": LONG_TOKENS, "logit_bias": UNENDING}
+        fields = {"prompt": "def main", "max_tokens": 200, "logit_bias": UNENDING}
         outcomes = [await request(http, **fields) for _ in range(4)]
-    return statistics.median(outcome.total_s for outcome in outcomes[1:])
+    return statistics.median(outcome.total_s / outcome.tokens for outcome in outcomes[1:])
 
 
 def main() -> int:
@@ -206,9 +207,8 @@ def main() -> int:
         orphans = asyncio.run(orphans_of_a_busy_engine(model_dir, count))
         http = {"access_log": False}
         with serving(Path(temporary), model_dir, {"cpus": 0.5}, http) as endpoint:
-            longest = asyncio.run(whole_s(endpoint.url))
-            step, trip = longest / LONG_TOKENS, round_trip_s()
-            freed = {others: asyncio.run(aborts(endpoint.url, count, longest, others)) for others in (0, CLIENTS)}
+            step, trip = asyncio.run(step_s(endpoint.url)), round_trip_s()
+            freed = {others: asyncio.run(aborts(endpoint.url, count, others)) for others in (0, CLIENTS)}
             warm = int(short * WARM_UP)
             aborted = asyncio.run(short_requests(endpoint.url, warm, CLIENTS))
             before = footprints()

@@ -55,7 +55,9 @@ class EngineConfig(Section):
     max_batch: Positive = Field(32, description="sequences decoded together")
     max_context: Positive | None = Field(None, description="tokens of prompt plus output; default: the model's")
     max_queue: Positive = Field(256, description="requests waiting for a place in the batch; more are answered 429")
-    prefill_chunk: Positive = Field(512, description="prompt tokens computed between two decode steps")
+    prefill_chunk: Positive = Field(
+        512, description="most prompt tokens in a step; fewer beside streams, where the step would take over 0.2 s"
+    )
     kv_memory: ByteSize | None = Field(
         None, description="for keys and values, such as 8GB; default: 80 % of a GPU's free memory, on CPU up to 4GB"
     )

@@ -14,15 +14,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from raymodels.config import EngineConfig
+from raymodels.serve.choice import Choice, Computed
 from raymodels.serve.chunks import Chunks
 from raymodels.serve.engine import Alternative, Delta, Finish, GenerateRequest, InvalidRequest, RequestFailed, Token
 from raymodels.serve.grammar import Grammars
-from raymodels.serve.kv_cache import Row, Segment
+from raymodels.serve.kv_cache import Segment
 from raymodels.serve.packed_model import PackedModel, Work
 from raymodels.serve.release import placed, released
 from raymodels.serve.sampling import Bias, Sampler, log_probabilities
@@ -33,57 +34,6 @@ Gain = tuple[str, Delta | InvalidRequest | RequestFailed]
 """What a step brings a request, by its id."""
 NOT_FINITE = "the model computed values that are not finite (NaN or infinity) for this request"
 FAILED = "the model failed to compute this request"
-
-
-@dataclass(eq=False)
-class Choice:
-    """One sequence being generated. ``row`` is its place in the cache; none while it is parked."""
-
-    request: GenerateRequest
-    index: int
-    sampler: Sampler
-    stream: TextStream
-    tokens: list[int]
-    row: Row | None = None
-    computed: int = 0
-    siblings: int = 0
-    """Choices of the same request that start from this one's prompt once it is computed."""
-    prompt_done: bool = False
-    scored: list[Token] = field(default_factory=list)
-    """Tokens of the prompt with their log-probabilities, until they are sent."""
-    prompt_stream: TextStream | None = None
-    """Where the text of the tokens in ``scored`` begins."""
-    unsent: list[Token] = field(default_factory=list)
-    """New tokens whose text is held back."""
-    hidden: torch.Tensor | None = None
-    """The sum of the computed tokens' last hidden states, where an embedding is asked for."""
-
-    @property
-    def place(self) -> Row:
-        assert self.row is not None
-        return self.row
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.tokens)
-
-    @property
-    def scores_prompt(self) -> bool:
-        return not self.prompt_done and self.request.prompt_logprobs is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What a forward pass made of a choice's next ``count`` tokens: the logits and hidden states that are wanted."""
-
-    choice: Choice
-    count: int
-    logits: torch.Tensor
-    hidden: torch.Tensor | None
 
 
 class Batch:

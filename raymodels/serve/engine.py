@@ -161,6 +161,8 @@ class Engine(ABC):
     """Most tokens of prompt and output together."""
     text: Text
     """The model's tokenizer."""
+    vocabulary: int
+    """Tokens that the model has embeddings for; the tokenizer may have more of them, or less."""
 
     @abstractmethod
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:

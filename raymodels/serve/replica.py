@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from raymodels import niceness
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
-from raymodels.serve.answers import token_name
+from raymodels.serve.answers import joined, token_name
 from raymodels.serve.enforcement import enforced
 from raymodels.serve.engine import (
     NO_ADAPTERS,
@@ -35,6 +35,7 @@ from raymodels.serve.engine import (
 from raymodels.serve.engines import open_engine
 from raymodels.serve.load import LoadMeter
 from raymodels.serve.pace import Pace
+from raymodels.serve.portions import portions
 from raymodels.serve.schema import (
     ChatRequest,
     DetokenizeRequest,
@@ -105,8 +106,6 @@ class Process:
     niceness: int
 
 
-PORTION = 50_000
-"""Tokens and alternatives in one message: some megabytes."""
 NOBODY = Waiting(0, 0)
 Item = Accepted | Problem | list[Delta]
 
@@ -183,7 +182,8 @@ class Replica:
                         self._load.first_token(time.monotonic() - began)
                         began = 0.0
                     placed = [replace(delta, choice=p * request.n + delta.choice) for p, delta in deltas]
-                    for portion in portions([_shifted(delta, offsets) for delta in placed]):
+                    shown = placed if request.stream else joined(placed)
+                    for portion in portions([_shifted(delta, offsets) for delta in shown]):
                         yield portion
         except (InvalidRequest, RequestFailed) as error:  # a grammar that could not be followed to its end, say
             yield _problem(error, request)
@@ -198,7 +198,7 @@ class Replica:
         try:
             parts = self._translator.parts(request, adapter)
             for part in parts:
-                validate(part, self._engine.context, self._engine.text.size, self._choices, [adapter or ""])
+                validate(part, self._engine.context, self._engine.vocabulary, self._choices, [adapter or ""])
         except Refused as error:
             return error.problem
         except InvalidRequest as error:
@@ -248,7 +248,7 @@ class Replica:
             context=self._engine.context,
             has_chat_template=text.has_chat_template,
             published_unix_seconds=published,
-            vocabulary=text.size,
+            vocabulary=min(text.size, self._engine.vocabulary),
             choices=self._choices,
             dimensions=self._dimensions,
         )
@@ -308,20 +308,6 @@ def _shifted(delta: Delta, offsets: list[int]) -> Delta:
     if not offset or not delta.tokens:
         return delta
     return replace(delta, tokens=tuple(replace(token, offset=token.offset + offset) for token in delta.tokens))
-
-
-def portions(deltas: list[Delta]) -> Iterator[list[Delta]]:
-    """The same deltas in lists of about `PORTION` tokens and alternatives: messages have a largest size."""
-    portion: list[Delta] = []
-    size = 0
-    for delta in deltas:
-        portion.append(delta)
-        size += sum(1 + len(token.top) for token in (*delta.prompt, *delta.tokens))
-        if size >= PORTION:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
 
 
 async def _merged(

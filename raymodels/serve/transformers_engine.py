@@ -72,7 +72,7 @@ class TransformersEngine(Engine):
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """See `Engine.generate`."""
-        validate(request, self.context, self._model.vocabulary, self._max_batch, self._adapters)
+        validate(request, self.context, self.vocabulary, self._max_batch, self._adapters)
         if request.grammar:
             request = replace(request, grammar=self._grammars.compile_now(request.grammar))
         with self._wake:
@@ -155,7 +155,7 @@ class TransformersEngine(Engine):
         torch.set_num_threads(self._threads)
         self._model = PackedModel(model_dir, config, adapters)
         self._model.prove()
-        self.context = self._model.context
+        self.context, self.vocabulary = self._model.context, self._model.vocabulary
         self.text = Text.of(model_dir)
         self._grammars = Grammars(self.text, self._model.vocabulary)
         self._batch = Batch(self._model, self.text, self._grammars, config)

@@ -64,8 +64,8 @@ class VllmEngine(Engine):
         self.text = Text.of(model_dir)
         self._config = config
         shape = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        self._vocabulary = int(shape.vocab_size)
-        self._grammars = Grammars(self.text, self._vocabulary)
+        self.vocabulary = int(shape.vocab_size)
+        self._grammars = Grammars(self.text, self.vocabulary)
         self._listeners = Listeners(config.max_batch + config.max_queue, self.abort)
         self._tasks: dict[str, list[Future[None]]] = {}
         self._adapters = _lora_requests(adapters)
@@ -82,7 +82,7 @@ class VllmEngine(Engine):
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """See `Engine.generate`."""
-        validate(request, self.context, self._vocabulary, self._config.max_batch, self._adapters)
+        validate(request, self.context, self.vocabulary, self._config.max_batch, self._adapters)
         if request.grammar:
             request = replace(request, grammar=self._grammars.compile_now(request.grammar))
         self.check()

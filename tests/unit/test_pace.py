@@ -12,8 +12,10 @@ from itertools import pairwise
 
 import pytest
 
-from raymodels.serve.engine import Delta
+from raymodels.serve.answers import joined
+from raymodels.serve.engine import Alternative, Delta, Token
 from raymodels.serve.pace import LONGEST_S, Pace
+from raymodels.serve.portions import PORTION, portions
 from raymodels.serve.replica import _merged
 
 
@@ -103,3 +105,18 @@ def test_several_streams_and_errors() -> None:
     assert sum(asyncio.run(pieces(math.inf, tokens(3), tokens(9)))) == 12
     with pytest.raises(ValueError, match="the engine's"):
         asyncio.run(pieces(math.inf, tokens(3, fails=True), tokens(9)))
+
+
+def test_a_long_answer_goes_in_portions_that_are_written_quickly() -> None:
+    """All of 3,500 scored tokens in one message held the loops of the replica and the gateway up for half a second."""
+    top = tuple(Alternative(id, b" token", -1.0) for id in range(20))
+    tokens = [Token(id, b" token", -1.0, 6 * id, top) for id in range(300)]
+    for prompt in (0, 1, PORTION, PORTION + 1, 300):
+        for new in (0, 1, PORTION, PORTION + 1, 300):
+            last = Delta(1, "whole", 2 * new, tuple(tokens[:new]), "length", tuple(tokens[:prompt]))
+            deltas = [Delta(0, "a", 1), last, Delta(0, "b", 2, finish="stop")]
+            found = list(portions(deltas))
+            assert joined(delta for portion in found for delta in portion) == joined(deltas)
+            assert all(len(delta.prompt) + len(delta.tokens) <= 2 * PORTION for portion in found for delta in portion)
+            assert all(len(portion) <= PORTION for portion in found)
+    assert [len(portion) for portion in portions([Delta(0, "a", n) for n in range(100)])] == [64, 36]
