@@ -112,6 +112,10 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [('ray_serve_health_check_failures_total{application="raymodels", deployment="m--v1"}', "0+1x800")],
         [('ray_serve_health_check_failures_total{application="raymodels", deployment="m--v1"}', "1x800")],
     ),
+    "ServeTableNotUsed": (
+        [(f"{S}table_failures_total", "0x790 1x10")],
+        [(f"{S}table_failures_total", "1x800")],
+    ),
     "ServeKeysNotRead": (
         [(f"{S}keys_reload_failures_total", "0x790 1x10")],
         [(f"{S}keys_reload_failures_total", "1x800")],
