@@ -17,7 +17,7 @@ from raymodels.serve.schema import read_chat, read_completion
 
 @pytest.mark.parametrize(("body", "message"), [(1000, 64 << 20), (8 << 20, 256 << 20), (1 << 30, 2**31 - 1)])
 def test_the_gateway_is_started_for_messages_of_32_bodies(body: int, message: int) -> None:
-    options = deploy._gateway(HttpConfig(max_body_bytes=body)).ray_actor_options
+    options = deploy._gateway(HttpConfig(max_body_bytes=body), {}, {}).ray_actor_options
     assert options["runtime_env"]["env_vars"][deploy.MESSAGE_BYTES] == str(message)
 
 
