@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models this small threads only wait for each other
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests that run beside them would starve Ray's workers
+os.environ.setdefault("RAYMODELS_NICENESS", "0")
 # A shell that runs this in the background has it ignore Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

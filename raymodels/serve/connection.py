@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         self._within(HEAD_S, self._late)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._deaf or self.parser.their_state is h11.MUST_CLOSE:  # behind the client's last request
             return
         if self.parser.their_state is h11.IDLE and not self._fed:
             data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: some clients send an empty line behind a body
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
     def _handle(self) -> None:
         """Take what is whole of what was received."""
         try:
-            while not self._deaf:
+            while not self._deaf and self.parser.their_state is not h11.MUST_CLOSE:
                 if self.parser.their_state is h11.IDLE:
                     check_head(self.parser.trailing_data[0])
                 event = self.parser.next_event()

@@ -9,7 +9,6 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from transformers import AutoTokenizer
@@ -154,8 +153,7 @@ def answered(
     registry: str, place: str, engine: EngineConfig, unnamed: str = "tiny", **adapters: str
 ) -> list[list[dict[str, Any]]]:
     """What an actor makes of every part, all at once: each part's head and lines."""
-    with mock.patch("raymodels.batch.answerer.give_way"):  # this process goes on with other tests
-        answerer = Answerer(place, "tiny", unnamed, registry, "tiny@1", engine, threads=1, adapters=adapters)
+    answerer = Answerer(place, "tiny", unnamed, registry, "tiny@1", engine, threads=1, adapters=adapters)
 
     async def call(part: Part) -> Any:
         row = await answerer({"part": pickle.dumps(part)})

@@ -29,6 +29,7 @@ from raymodels.serve.listener import Leaving, Listener, shared_port
 from raymodels.serve.tls import Certificate
 
 HOST = "127.0.0.1"
+CLOSING = b"GET /0 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 GET = b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -361,6 +362,13 @@ def test_pipelined_requests_are_answered_in_order_and_before_the_end_of_the_clie
         client.sendall(requests)
         client.shutdown(socket.SHUT_WR)
         assert everything(client).count(b'"size": 3') == 50
+
+
+def test_what_comes_behind_the_last_request_is_left_alone(served: Served) -> None:
+    for last in (CLOSING, b"GET /0 HTTP/1.0\r\n\r\n"):
+        for behind in (b"\r\n", GET, b"x" * 100_000):
+            assert served.ask(last + behind).count(b"HTTP/1.1 200 ") == 1
+        assert served.ask(last.replace(b"/0", b"/0.2"), b"", b"\r\n").count(b"HTTP/1.1 200 ") == 1
 
 
 def test_a_client_that_has_gone_ends_its_request(served: Served) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from raymodels import doctor, niceness
+from raymodels.data import parallel
 from raymodels.serve.proxy import IN_PROXIES
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,8 @@ def environments(node: object) -> list[dict[str, str]]:
     return environments(list(node.values()))
 
 
-def test_who_gives_way_takes_along_what_it_starts_and_nobody_else() -> None:
+def test_who_gives_way_takes_along_what_it_starts_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(niceness.OVERRIDE)
     before, found = niceness.current(), []
 
     def work() -> None:
@@ -61,6 +63,15 @@ def test_who_gives_way_takes_along_what_it_starts_and_nobody_else() -> None:
     thread.join()
     assert found == [max(before, niceness.BEHIND)] * 2
     assert niceness.current() == before
+
+
+def own_niceness(_: int) -> int:
+    return niceness.current()
+
+
+def test_preparing_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(niceness.OVERRIDE, "7")
+    assert set(parallel._on_processes(own_niceness, [1, 2], 2)) == {max(niceness.current(), 7)}
 
 
 @pytest.mark.parametrize(
