@@ -200,7 +200,9 @@ class Connection(asyncio.Protocol):
         except h11.RemoteProtocolError as error:
             message = f"this is not a request of HTTP/1.1, or not a whole one: {str(error)[:200]}"
             message = str(error) if isinstance(error, TooMuch) else message
-            self._refuse(Problem(status=error.error_status_hint, message=message, code="invalid_http"))
+            # Some of h11's statuses are 5xx, which here say that the server has failed.
+            status = error.error_status_hint if error.error_status_hint < 500 else 400
+            self._refuse(Problem(status=status, message=message, code="invalid_http"))
 
     def _take(self, event: object) -> None:
         exchange = self._exchange
@@ -231,7 +233,7 @@ class Connection(asyncio.Protocol):
             # Whatever stands before this server may count the body's bytes otherwise.
             raise h11.RemoteProtocolError("the length of its body is said twice, or in a way of a later version")
         if not request.http_version.startswith(b"1."):
-            raise h11.RemoteProtocolError("this server speaks HTTP/1.1 and 1.0", 505)
+            raise h11.RemoteProtocolError("this server speaks HTTP/1.1 and 1.0")
         self._stop_timer()
         self._fed, self._data = len(self.parser.trailing_data[0]), 0
         waits = self.parser.they_are_waiting_for_100_continue

@@ -318,8 +318,8 @@ def test_what_is_not_http_is_refused(served: Served, request_: bytes) -> None:
 
 
 def test_what_is_http_of_another_kind_is_refused(served: Served) -> None:
-    assert status(served.ask(CHUNKED.replace(b"chunked", b"gzip, chunked"))) == 501
-    assert status(served.ask(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")) == 505
+    assert status(served.ask(CHUNKED.replace(b"chunked", b"gzip, chunked"))) == 400
+    assert status(served.ask(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")) == 400
 
 
 @pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
