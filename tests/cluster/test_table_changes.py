@@ -70,7 +70,7 @@ class Load:
     def seen(self, name: str, status: int) -> None:
         """Wait until a name has been answered so, from now on."""
         how = "whole" if status == 200 else "model_not_found"
-        before, deadline = self.found[name, status, how], time.monotonic() + 60
+        before, deadline = self.found[name, status, how], time.monotonic() + 120
         while self.found[name, status, how] < before + 2:
             assert time.monotonic() < deadline, (name, status, self.found)
             time.sleep(0.05)
@@ -88,12 +88,13 @@ def test_names_come_and_go_under_load(ray_cluster: Any, registry: Registry) -> N
     with deploy(both) as endpoint, Load(endpoint.url, "abc") as load:
         port = int(endpoint.url.rpartition(":")[2])
         pid = gateway_pid("gateway")
-        for models, there, gone in (
-            ([{**two, "served_as": "b"}], "b", "ac"),  # removed, while requests for it wait
-            ([{**two, "served_as": "c"}], "c", "ab"),  # renamed
-            ([{**one, "served_as": "a"}, {**one, "served_as": "c"}], "ac", "b"),  # added, and pointed elsewhere
+        for before, models, there, gone in (
+            ("ab", [{**two, "served_as": "b"}], "b", "ac"),  # removed, while requests for it wait
+            ("b", [{**two, "served_as": "c"}], "c", "ab"),  # renamed
+            ("c", [{**one, "served_as": "a"}, {**one, "served_as": "c"}], "ac", "b"),  # added, and pointed elsewhere
         ):
-            load.seen(there[0] if there != "c" else "b", 200)
+            for name in before:
+                load.seen(name, 200)
             changed = config(registry, *models)
             deploy(changed.model_copy(update={"http": both.http.model_copy(update={"port": port})}))
             for name in there:
@@ -120,7 +121,7 @@ def kuberay(*applications: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     def put(*applications: dict[str, Any]) -> None:
         told = ServeDeploySchema.model_validate({"applications": list(applications)})
         serve.context._get_global_client().deploy_apps(told, _blocking=False)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while {app["name"]: "RUNNING" for app in applications} != {
             name: about.status for name, about in serve.status().applications.items()
         }:
