@@ -188,9 +188,11 @@ def judge(outcome: Outcome, answer: Answer) -> None:
             outcome.code = _error(end[at + 6 :].partition(b"\n")[0]).get("code") or ""
     elif outcome.status >= 400:
         content = bytes(answer.start).partition(head + b"\r\n")[2]
+        if length := LENGTH.search(head):
+            content = content[: int(length[1])]  # of the first of several
         error = _error(content)
         outcome.code, outcome.plain = error.get("code") or "", not error and bool(content)
-        outcome.error_bytes = answer.size
+        outcome.error_bytes = len(head) + len(content)
 
 
 def _error(content: bytes) -> dict[str, Any]:

@@ -68,6 +68,7 @@ STREAM = (
     [
         (REFUSED % (len(ERROR), ERROR), "answered", 400, "bad", False),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + REFUSED % (len(ERROR), ERROR), "answered", 400, "bad", False),
+        (2 * (REFUSED % (len(ERROR), ERROR)), "answered", 400, "bad", False),
         (REFUSED % (4, b"nope"), "answered", 400, "", True),
         (STREAM % (len(EVENT), EVENT), "answered", 200, "replica_failed", False),
         (b"", "closed", 0, "", False),
