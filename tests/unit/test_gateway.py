@@ -18,6 +18,7 @@ from ray import serve
 from raymodels.config import EngineConfig, HttpConfig
 from raymodels.serve.access_log import LOGGER
 from raymodels.serve.capacity import Replicas
+from raymodels.serve.encoding import Answered
 from raymodels.serve.engine import Delta
 from raymodels.serve.gateway import Gateway, app
 from raymodels.serve.openapi import page
@@ -70,8 +71,8 @@ class Script:
     async def embed(self, request: Any, adapter: str | None) -> Embedded:
         return Embedded([[0.6, 0.8] for _ in request.inputs], 3 * len(request.inputs))
 
-    async def tokenize(self, request: Any) -> dict[str, Any]:
-        return {"tokens": [1, 2]}
+    async def tokenize(self, request: Any) -> Answered:
+        return Answered(b'{"tokens": [1, 2]}', 2)
 
 
 Use = Callable[[httpx.AsyncClient, Any], Awaitable[Any]]
