@@ -552,3 +552,43 @@ def test_what_needs_no_place_is_under_the_quotas_and_does_not_wait() -> None:
 def test_a_slot_compares_by_identity() -> None:
     """Two equal requests of one tenant wait in one line; leaving takes the right one out."""
     assert Slot(1, 1) != Slot(1, 1)
+
+
+@pytest.mark.parametrize(("seconds", "places"), [(0.15, 1), (1.0, 2), (30.0, 1)])
+def test_a_full_queue_says_how_long_it_takes_to_empty(seconds: float, places: int) -> None:
+    """Of requests that take a tenth of what they were estimated at."""
+
+    async def main() -> tuple[int, float]:
+        door, loop = admission(running=places, waiting=10), asyncio.get_running_loop()
+        tasks = [asyncio.create_task(work(door, tenant(), seconds, used=10)) for _ in range(places + 10)]
+        await asyncio.sleep(seconds * 2.5)
+        tasks += [asyncio.create_task(work(door, tenant(), seconds, used=10)) for _ in range(2 * places)]
+        await settled()
+        with pytest.raises(Refused) as refused:
+            await work(door, tenant(), seconds)
+        told, since = problem(refused.value).retry_after_s, loop.time()
+        while door.queue("m").waiting:
+            await asyncio.sleep(seconds / 10)
+        took = loop.time() - since
+        await asyncio.gather(*tasks)
+        return told, took
+
+    told, took = run(main())
+    assert 1 <= told <= 60
+    assert min(took, 60) / 1.5 <= told <= took * 1.5 + 1
+
+
+def test_before_anything_has_left_a_full_queue_says_as_long_again_as_it_took_so_far() -> None:
+    async def main() -> list[int]:
+        door, told = admission(waiting=3), list[int]()
+        tasks = [asyncio.create_task(work(door, tenant(), 100.0)) for _ in range(4)]
+        for _ in range(3):
+            await settled()
+            with pytest.raises(Refused) as refused:
+                await work(door, tenant(), 1.0)
+            told.append(problem(refused.value).retry_after_s)
+            await asyncio.sleep(10)
+        await asyncio.gather(*tasks)
+        return told
+
+    assert run(main()) == [1, 10, 20]
