@@ -53,6 +53,7 @@ from raymodels.serve import autoscale
 from raymodels.serve.admission import Admission, Queue, Turn
 from raymodels.serve.capacity import Capacity, Replicas
 from raymodels.serve.fair_queue import Room
+from raymodels.serve.quotas import Quotas
 from raymodels.serve.routing import Route, Routes
 from raymodels.serve.scaling import ServePolicy
 from raymodels.serve.schema import Refused
@@ -292,7 +293,7 @@ async def refused(tenants: int) -> float:
 
 async def alone(tenants: int) -> float:
     """Seconds a request of a model with room, after so many tenants have asked it once."""
-    admission = Admission(lambda model: Room(32, 10**6, 10**9))
+    admission = Admission(lambda model: Room(32, 10**6, 10**9), Quotas())
     loop, who = asyncio.get_running_loop(), [TenantConfig(name=f"t{n}", keys=()) for n in range(tenants)]
     start = 0.0
     for round in range(2):

@@ -19,7 +19,7 @@ from raymodels.serve.quotas import Quotas
 from raymodels.serve.schema import Problem, Refused
 
 RATE_S = 30.0
-"""Time constant of the rate at which a queue moves, which a refusal's Retry-After is made of."""
+"""Time constant of the rate at which a queue empties, in the time in which somebody waits in it."""
 LONGEST_RETRY_S = 60
 GAUGES = (RUNNING, QUEUE_REQUESTS, QUEUE_TOKENS)
 
@@ -75,6 +75,29 @@ class Turn(Slot):
         self.wake()
 
 
+class Drain:
+    """How fast a queue empties, in estimated tokens that leave it for a place, per second in which somebody waits."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._since: float | None = None
+        """Somebody waits, and the time up to here is counted."""
+
+    def note(self, tokens: int, waiting: bool, now: float) -> None:
+        """So many tokens have left for places, and somebody still waits or nobody does."""
+        if self._since is not None:
+            spent = now - self._since
+            fade = math.exp(-spent / RATE_S)
+            self._tokens = self._tokens * fade + tokens
+            self._seconds = self._seconds * fade + spent
+        self._since = now if waiting else None
+
+    def wait_s(self, tokens: int, now: float) -> float:
+        """Seconds until so many tokens have left. Where none has yet, as long again as there was to wait so far."""
+        seconds = self._seconds + (0.0 if self._since is None else now - self._since)
+        return tokens * seconds / self._tokens if self._tokens else seconds
+
+
 class Queue(FairQueue):
     """The fair queue of one model, whose requests are told of their turns.
 
@@ -86,7 +109,7 @@ class Queue(FairQueue):
         super().__init__(room)
         self.model = model
         self._current = current
-        self._moved, self._moved_at = 0.0, 0.0
+        self._drain = Drain()
         self._gauges = [gauge.labels(model) for gauge in GAUGES]
 
     @property
@@ -112,20 +135,18 @@ class Queue(FairQueue):
 
     def exit(self, turn: Turn) -> None:
         """Give back all that a request has here, and its place in the line."""
-        begun, turn.queue = turn.granted > 0, None
+        turn.queue = None
         self.leave(turn)
-        if begun:
-            now = asyncio.get_running_loop().time()
-            self._moved = self._moved * math.exp((self._moved_at - now) / RATE_S) + turn.used_tokens
-            self._moved_at = now
         self.dispatch()
 
     def dispatch(self) -> None:
         """Grant what there is room for now."""
         self.room = self._current() or self.room
+        waiting = self.waiting_tokens
         for slot in self.grant():
             assert isinstance(slot, Turn)
             slot.wake()
+        self._drain.note(waiting - self.waiting_tokens, self.waiting > 0, asyncio.get_running_loop().time())
         for gauge, value in zip(self._gauges, (self.running, self.waiting, self.waiting_tokens), strict=True):
             gauge.set(value)
 
@@ -144,7 +165,7 @@ class Queue(FairQueue):
 
     def _full(self) -> Refused:
         message = "too many requests wait for this model, most of them of this key: try again later"
-        wait_s = self.waiting_tokens * RATE_S / max(self._moved, 1)
+        wait_s = self._drain.wait_s(self.waiting_tokens, asyncio.get_running_loop().time())
         retry_after_s = min(LONGEST_RETRY_S, max(1, math.ceil(wait_s)))
         return Refused(
             Problem(
@@ -158,16 +179,16 @@ class Admission:
 
     Args:
         room: model -> its `Room`; asked only of those that there are.
-        gateways: gateways that share the requests. Each knows its own alone, so each grants its part.
+        quotas: the accounts that tokens are charged to.
         base: the name of a model -> the model in whose queue it waits; raises `Refused` if there is none any more.
     """
 
     def __init__(
-        self, room: Callable[[str], Room], gateways: int = 1, base: Callable[[str], str] = lambda model: model
+        self, room: Callable[[str], Room], quotas: Quotas, base: Callable[[str], str] = lambda model: model
     ) -> None:
         self._room = room
         self._base = base
-        self._quotas = Quotas(gateways)
+        self._quotas = quotas
         self._queues: dict[str, Queue] = {}
 
     @asynccontextmanager
@@ -179,7 +200,7 @@ class Admission:
         Args:
             model: the name that the request was sent to.
             tokens: of prompt and answer, estimated.
-            sequences: choices that are decoded; 0 is under the quotas and waits for nothing.
+            sequences: choices that are decoded; 0 is under the quota of tokens and waits for nothing.
             deadline: when to give up waiting, in the event loop's time.
 
         Raises:
@@ -188,7 +209,7 @@ class Admission:
         """
         loop = asyncio.get_running_loop()
         turn, arrived = Turn(tokens, sequences, model=model, deadline=deadline), loop.time()
-        account = self._quotas.open(tenant, tokens, arrived)
+        account = self._quotas.charge(tenant, tokens, arrived)
         try:
             while sequences and turn.queue is None:  # it may be put out of one, by a change of the names
                 self.queue(self._base(model)).enter(tenant, turn)
@@ -201,7 +222,7 @@ class Admission:
             if queue := turn.queue:
                 queue.exit(turn)
                 self._forget(queue)
-            self._quotas.close(account, tokens, turn.used_tokens)
+            self._quotas.settle(account, tokens, turn.used_tokens)
 
     def queue(self, model: str) -> Queue:
         if model not in self._queues:

@@ -20,6 +20,8 @@ from raymodels.serve.routing import Route
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
+UNREADY_S = 0.5
+"""How old an answer may be that a model has no replica, where one is about to start."""
 RAISED = re.compile(r"^([A-Za-z_][\w.]*): (.+)", re.MULTILINE)
 """An exception at the end of a traceback."""
 OURS = "raymodels.errors."
@@ -77,6 +79,18 @@ class Capacity:
             return None
         known = [self._replicas.get(application) for application in self._applications(model)]
         return next((replicas.failure for replicas in known if replicas and replicas.failure), None)
+
+    async def unready(self, changed: Callable[[], None]) -> list[str]:
+        """Model names without a running replica, as `watch` last saw; waits only where there was no look yet.
+
+        As long as there are some it is looked again, at most every `UNREADY_S`, however many ask.
+        """
+        for max_age_s in (math.inf, UNREADY_S):
+            if await self.look(max_age_s):
+                changed()
+            if not (unready := sorted(model for model in self._table if not self.running(model))):
+                break
+        return unready
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Follow the replicas until cancelled; calls ``changed`` when their numbers are others."""

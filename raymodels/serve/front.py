@@ -12,8 +12,8 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, contextmanager
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,6 +27,7 @@ from raymodels.serve.access_log import milliseconds, open_log
 from raymodels.serve.admission import Turn
 from raymodels.serve.answers import Usage
 from raymodels.serve.engine import Delta
+from raymodels.serve.quotas import Quotas
 from raymodels.serve.schema import RETRY_AFTER_S, Problem, Refused
 from raymodels.serve.tenants import ANYBODY, Tenants
 from raymodels.serve.tracing import Stage, Tracing, start_tracing
@@ -39,6 +40,8 @@ PROBES = frozenset(["/healthz", "/readyz"])
 METRICS = "/metrics"
 UNKNOWN = TenantConfig(name="unknown", keys=(), models=())
 """Whoever calls, until their key has been read."""
+UNDONE = frozenset([429, 500, 503])
+"""Statuses that say that a replica has not done what it was sent."""
 FAILED = Problem(status=500, message="the server failed", type="server_error", code="internal_error")
 
 
@@ -58,6 +61,8 @@ class Visit:
         self.problem: Problem | None = None
         self.body_bytes = 0
         self.usage: Usage | None = None
+        self.charged_tokens = 0
+        """What it costs beside its usage."""
         self.queued_s: float | None = None
         self.admitted_s = 0.0
         self.first_token_s: float | None = None
@@ -74,6 +79,25 @@ class Visit:
         self.queued_s, self.admitted_s = turn.queued_s, self.seconds()
         self._held.callback(lambda: setattr(turn, "used_tokens", self.tokens))
         return turn
+
+    def enter(self, block: AbstractContextManager[None]) -> None:
+        """Enter a block that lasts until the answer has been sent."""
+        self._held.enter_context(block)
+
+    @contextmanager
+    def sending(self, tokens: int) -> Iterator[None]:
+        """Charge so many tokens, estimated, for what a replica is sent unless it says here how many they are.
+
+        So what is given up costs what it may have used, and what is refused for what it says the same.
+        """
+        self.charged_tokens += tokens
+        try:
+            yield
+        except Refused as refused:
+            if refused.problem.status in UNDONE:
+                self.charged_tokens -= tokens
+            raise
+        self.charged_tokens -= tokens
 
     def at_end(self, do: Callable[[], Any]) -> None:
         """Have something done once the answer has been sent, or nobody waits for it any longer."""
@@ -108,7 +132,9 @@ class Visit:
 
     @property
     def tokens(self) -> int:
-        return self.usage.prompt_tokens + self.usage.completion_tokens if self.usage else 0
+        """What it is charged."""
+        usage = self.usage or Usage(0)
+        return self.charged_tokens + usage.prompt_tokens + usage.completion_tokens
 
     async def __aenter__(self) -> Visit:
         return self
@@ -129,6 +155,7 @@ class Front:
         self.http = http
         self._tenants = Tenants(http.keys_file)
         self._tenants.watch()
+        self.quotas = Quotas(http.gateway_replicas)
         self._access_log = open_log() if http.access_log else None
         self._tracing = start_tracing(http.otlp_endpoint)
 
@@ -154,8 +181,9 @@ class Front:
         try:
             async with visit:
                 try:
-                    visit.deadline = min(visit.deadline, loop_time + asked_seconds(headers.get("x-request-timeout")))
                     visit.tenant = self._tenant(scope["path"], headers)
+                    visit.enter(self.quotas.request(visit.tenant, loop_time))
+                    visit.deadline = min(visit.deadline, loop_time + asked_seconds(headers.get("x-request-timeout")))
                     if scope["path"] == METRICS and not visit.tenant.metrics:
                         raise unreadable(visit.tenant)
                     await app(scope, receive, sending)

@@ -28,9 +28,18 @@ from raymodels.serve.catalog import Catalog
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
 from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures, table_refused
+from raymodels.serve.one_each import OneEach
 from raymodels.serve.openapi import page
 from raymodels.serve.parts import PartedCall, check_size, in_parts, sent
-from raymodels.serve.quotas import Work, check_prompt, estimated_tokens, limited, sequences
+from raymodels.serve.quotas import (
+    Work,
+    check_prompt,
+    estimated_prompt,
+    estimated_tokens,
+    limited,
+    most_prompt_tokens,
+    sequences,
+)
 from raymodels.serve.replica import NOBODY, Process, Waiting, this_process
 from raymodels.serve.routing import Call, Route, Routes, Target
 from raymodels.serve.schema import (
@@ -166,7 +175,8 @@ class Gateway:
         self.certificate = certificate(http) if self.port else None
         self.front = Front(http)
         self._capacity = Capacity(http, self._routes.table, self._engines)
-        self._admission = Admission(self._capacity.room, http.gateway_replicas, self._routes.base)
+        self._admission = Admission(self._capacity.room, self.front.quotas, self._routes.base)
+        self._one_each = OneEach()
         self._catalog = Catalog(self._routes, self._capacity, self._admission.dispatch)
         self._gateways: Any = None
         self._configured = bool(table)
@@ -205,7 +215,7 @@ class Gateway:
 
     @app.get("/readyz")
     async def readyz(self) -> JSONResponse:
-        unready = await self._routes.unready()
+        unready = await self._capacity.unready(self._admission.dispatch)
         if unready:
             return JSONResponse({"status": "unready", "models_without_replicas": unready}, 503)
         return JSONResponse({"status": "ready"})
@@ -242,11 +252,15 @@ class Gateway:
         visit: Visit = http.state.visit
         self._check(visit, request.model)
         turn, target = await self._turn(visit, request)
+        if most_prompt_tokens(visit.tenant, self._http):
+            with visit.sending(estimated_prompt(visit.body_bytes)):
+                await self._checked(visit, request, target)
         vectors: list[list[float]] = [[]] * turn.sequences
         visit.usage = usage = Usage(0)
 
         async def compute(part: EmbeddingRequest, begin: int) -> None:
-            found = await self._routes.ask(target, "embed", part, target.adapter, deadline=visit.deadline)
+            with visit.sending(estimated_prompt(visit.body_bytes) * sequences(part) // turn.sequences):
+                found = await self._routes.ask(target, "embed", part, target.adapter, deadline=visit.deadline)
             vectors[begin : begin + len(found.vectors)] = found.vectors
             usage.prompt_tokens += found.prompt_tokens
 
@@ -254,14 +268,12 @@ class Gateway:
         return JSONResponse(embeddings(request, vectors, usage.prompt_tokens))
 
     @app.post("/tokenize")
-    async def tokenize(self, http: HttpRequest) -> JSONResponse:
-        request = await self._read(http, read_tokenize)
-        return JSONResponse(await self._ask(http, request.model, "tokenize", request))
+    async def tokenize(self, http: HttpRequest) -> Response:
+        return await self._tokenizer(http, "tokenize", await self._read(http, read_tokenize))
 
     @app.post("/detokenize")
-    async def detokenize(self, http: HttpRequest) -> JSONResponse:
-        request = await self._read(http, read_detokenize)
-        return JSONResponse(await self._ask(http, request.model, "detokenize", request))
+    async def detokenize(self, http: HttpRequest) -> Response:
+        return await self._tokenizer(http, "detokenize", await self._read(http, read_detokenize))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info(self, http: HttpRequest) -> JSONResponse:
@@ -322,13 +334,23 @@ class Gateway:
         visit.body_bytes = len(body)
         return read(_json(body))
 
+    async def _tokenizer(self, http: HttpRequest, method: str, request: Any) -> Response:
+        """What a replica's tokenizer makes of a text or of tokens. It costs the tokens, as a prompt of them does."""
+        visit: Visit = http.state.visit
+        async with self._one_each.turn(visit.tenant, visit.body_bytes, visit.deadline):
+            found = await self._ask(http, request.model, method, request)
+        visit.charged_tokens += found.tokens
+        return Response(found.body, media_type=JSON)
+
     async def _ask(self, http: HttpRequest, model: str | None, method: str, *args: Any) -> Any:
         """What a replica answers at once, without computing."""
         visit: Visit = http.state.visit
         name = self._routes.only() if model is None else model
         self._check(visit, name)
-        await visit.hold(self._admission.slot(visit.tenant, name, 0, 0, visit.deadline))
-        return await self._routes.ask(name, method, *args, deadline=visit.deadline)
+        tokens = estimated_prompt(visit.body_bytes) if args else 0
+        await visit.hold(self._admission.slot(visit.tenant, name, tokens, 0, visit.deadline))
+        with visit.sending(tokens):
+            return await self._routes.ask(name, method, *args, deadline=visit.deadline)
 
     async def _turn(self, visit: Visit, request: Work) -> tuple[Turn, Target]:
         """Wait until a model computes something of a request, and to what its name leads then.
@@ -350,14 +372,14 @@ class Gateway:
         async def send(part: Request) -> Call:
             return await self._routes.call(part, visit.deadline, self._waiting(turn), target)
 
-        async def check() -> int:
-            prompt_tokens: int = await self._routes.ask(
-                target, "check", request, target.adapter, deadline=visit.deadline
-            )
-            check_prompt(prompt_tokens, visit.tenant, self._http)
-            return prompt_tokens
+        with visit.sending(estimated_prompt(visit.body_bytes)):
+            return await sent(request, turn, send, lambda: self._checked(visit, request, target))
 
-        return await sent(request, turn, send, check)
+    async def _checked(self, visit: Visit, request: Work, target: Target) -> int:
+        """The prompt tokens of a request. Raises `Refused`: 400, it cannot be answered, or not for this tenant."""
+        found: int = await self._routes.ask(target, "check", request, target.adapter, deadline=visit.deadline)
+        check_prompt(found, visit.tenant, self._http, request)
+        return found
 
     def _check(self, visit: Visit, model: str) -> None:
         """Raises `Refused`: 403, this tenant may not call this model; 404, there is none; 503, it does not load."""
@@ -376,7 +398,7 @@ class Gateway:
         call = await self._call(visit, request)
         visit.at_end(call.cancel)
         visit.usage = call.usage
-        check_prompt(call.usage.prompt_tokens, visit.tenant, self._http)
+        check_prompt(call.usage.prompt_tokens, visit.tenant, self._http, request)
         answer = answer_to(request)
         ignored = {IGNORED: ", ".join(call.ignored)} if call.ignored else {}
         if request.stream:

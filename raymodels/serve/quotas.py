@@ -1,12 +1,15 @@
 """How much a tenant may ask for: requests and tokens per minute, requests at once, tokens of one request.
 
-The tokens of a request are known only when it has ended, so an estimate is charged first and settled then.
+Every request counts from the moment its key is known, whatever becomes of it. Its tokens are known only when it has
+ended, so an estimate is charged first and settled then.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -59,32 +62,39 @@ class Quotas:
         self._gateways = gateways
         self._accounts: defaultdict[str, Account] = defaultdict(Account)
 
-    def open(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
-        """Charge a request of so many tokens, estimated, and count it as open until `close`.
+    @contextmanager
+    def request(self, tenant: TenantConfig, now: float) -> Iterator[None]:
+        """Charge a request, which is open for as long as the block lasts.
 
         Raises:
             Refused: 429, the tenant is over a quota; says which and for how long.
         """
-        account, share = self._accounts[tenant.name], 1 / self._gateways
-        if tenant.concurrency and account.open >= max(1, math.floor(tenant.concurrency * share)):
+        account = self._accounts[tenant.name]
+        if tenant.concurrency and account.open >= max(1, tenant.concurrency // self._gateways):
             raise _over("requests at once", tenant.concurrency, 1)
-        for bucket, amount, limit, name in (
-            (account.requests, 1, tenant.requests_per_minute, "requests per minute"),
-            (account.tokens, tokens, tenant.tokens_per_minute, "tokens per minute"),
-        ):
-            if limit is None:
-                bucket.missing = -math.inf  # whatever is taken, it is full when a limit comes
-            elif wait := bucket.wait_s(amount, limit * share, now):
-                raise _over(name, limit, wait)
-        account.requests.take(1)
-        account.tokens.take(tokens)
+        self._take(account.requests, 1, tenant.requests_per_minute, "requests per minute", now)
         account.open += 1
+        try:
+            yield
+        finally:
+            account.open -= 1
+
+    def charge(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
+        """Charge so many tokens, estimated, to be settled once it is known how many it took; raises as `request`."""
+        account = self._accounts[tenant.name]
+        self._take(account.tokens, tokens, tenant.tokens_per_minute, "tokens per minute", now)
         return account
 
-    def close(self, account: Account, estimated: float, used: float) -> None:
-        """Put what the request really used in the place of the estimate."""
+    def settle(self, account: Account, estimated: float, used: float) -> None:
+        """Put what was really used in the place of the estimate."""
         account.tokens.take(used - estimated)
-        account.open -= 1
+
+    def _take(self, bucket: Bucket, amount: float, limit: int | None, name: str, now: float) -> None:
+        if limit is None:
+            bucket.missing = -math.inf  # whatever is taken, it is full when a limit comes
+        elif wait := bucket.wait_s(amount, limit / self._gateways, now):
+            raise _over(name, limit, wait)
+        bucket.take(amount)
 
 
 def _over(what: str, limit: int, wait_s: float) -> Refused:
@@ -95,9 +105,14 @@ def _over(what: str, limit: int, wait_s: float) -> Refused:
     )
 
 
+def estimated_prompt(body_bytes: int) -> int:
+    """What the prompt of a request may take, judged by its size before anybody has encoded it."""
+    return body_bytes // BYTES_PER_TOKEN + 1
+
+
 def estimated_tokens(body_bytes: int, request: Work) -> int:
-    """What a request may take, of prompt and answer together, judged by its size before anybody has encoded it."""
-    prompt = body_bytes // BYTES_PER_TOKEN + 1
+    """What a request may take, of prompt and answer together, as `estimated_prompt`."""
+    prompt = estimated_prompt(body_bytes)
     if isinstance(request, EmbeddingRequest):
         return prompt
     asked = _asked(request)
@@ -131,16 +146,21 @@ def limited(request: Generation, tenant: TenantConfig, http: HttpConfig) -> Gene
     raise Refused(Problem(status=400, message=message, param=field, code="output_too_long"))
 
 
-def check_prompt(prompt_tokens: int, tenant: TenantConfig, http: HttpConfig) -> None:
-    """Check the tokens of a request's prompts, all together, once they are known.
+def most_prompt_tokens(tenant: TenantConfig, http: HttpConfig) -> int | None:
+    return tenant.max_prompt_tokens or http.max_prompt_tokens
+
+
+def check_prompt(prompt_tokens: int, tenant: TenantConfig, http: HttpConfig, request: Work) -> None:
+    """Check the tokens of a request's prompts or texts, all together, once they are known.
 
     Raises:
         Refused: 400, this tenant may not send so many.
     """
-    most = tenant.max_prompt_tokens or http.max_prompt_tokens
+    most = most_prompt_tokens(tenant, http)
     if most is not None and prompt_tokens > most:
-        message = f"the prompt has {prompt_tokens} tokens, {most} are allowed here"
-        raise Refused(Problem(status=400, message=message, param="prompt", code="prompt_too_long"))
+        field = {ChatRequest: "messages", EmbeddingRequest: "input"}.get(type(request), "prompt")
+        message = f"{field}: {prompt_tokens} tokens are over the {most} that are allowed here"
+        raise Refused(Problem(status=400, message=message, param=field, code="prompt_too_long"))
 
 
 def _asked(request: CompletionRequest | ChatRequest) -> int | None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ from raymodels import niceness
 from raymodels.config import EngineConfig
 from raymodels.registry import Registry, Version
 from raymodels.serve.adapter_sources import fetched
-from raymodels.serve.answers import joined, token_name
+from raymodels.serve.answers import joined
+from raymodels.serve.encoding import Answered, Encoder
 from raymodels.serve.enforcement import enforced
 from raymodels.serve.engine import (
     NO_ADAPTERS,
@@ -144,9 +145,8 @@ class Replica:
         self._choices = engine.max_batch
         self._load = LoadMeter()
         self._pace = Pace()
-        self._translator = Translator(
-            self._engine.text, self._version.reference, self._engine.context, engine.max_batch + engine.max_queue
-        )
+        text, context, held = self._engine.text, self._engine.context, engine.max_batch + engine.max_queue
+        self._translator = Translator(text, Encoder(text, context, held), self._version.reference, context, held)
 
     async def generate(
         self, request: Request, waiting: Waiting = NOBODY, adapter: str | None = None
@@ -158,9 +158,9 @@ class Replica:
         """
         self._load.held(waiting.sequences, waiting.tokens)
         try:
-            parts = self._translator.parts(request, adapter)
-        except Refused as refused:
-            yield refused.problem
+            parts = await self._translator.parts(request, adapter)
+        except (Refused, QueueFull) as error:
+            yield error.problem if isinstance(error, Refused) else _problem(error, request)
             return
         choices, began, accepted = request.n * len(parts), time.monotonic(), False
         self._load.arrived(choices)
@@ -193,15 +193,17 @@ class Replica:
             for part in parts:
                 self._engine.abort(part.id)
 
-    async def check(self, request: Request, adapter: str | None = None) -> int | Problem:
+    async def check(self, request: Request | EmbeddingRequest, adapter: str | None = None) -> int | Problem:
         """The prompt tokens of a request that is to be answered in parts, or why it cannot be, whichever part it is."""
         try:
-            parts = self._translator.parts(request, adapter)
+            if isinstance(request, EmbeddingRequest):
+                return sum(map(len, await self._translator.inputs(request)))
+            parts = await self._translator.parts(request, adapter)
             for part in parts:
                 validate(part, self._engine.context, self._engine.vocabulary, self._choices, [adapter or ""])
         except Refused as error:
             return error.problem
-        except InvalidRequest as error:
+        except (InvalidRequest, QueueFull) as error:
             return _problem(error, request)
         return sum(len(part.tokens) for part in parts)
 
@@ -210,7 +212,7 @@ class Replica:
         try:
             if request.dimensions not in (None, self._dimensions):
                 raise refused(f"dimensions: this model has {self._dimensions} and no other", "dimensions")
-            inputs = self._translator.inputs(request)
+            inputs = await self._translator.inputs(request)
             vectors = await asyncio.gather(*(self._engine.embed(tokens, adapter) for tokens in inputs))
         except Refused as error:
             return error.problem
@@ -218,22 +220,13 @@ class Replica:
             return _problem(error, request)
         return Embedded(vectors, sum(len(tokens) for tokens in inputs))
 
-    async def tokenize(self, request: TokenizeRequest | TokenizeChatRequest) -> dict[str, Any] | Problem:
+    async def tokenize(self, request: TokenizeRequest | TokenizeChatRequest) -> Answered | Problem:
         """The answer to ``POST /tokenize``."""
-        try:
-            tokens = self._translator.tokens(request)
-        except Refused as error:
-            return error.problem
-        names = [token_name(self._engine.text.raw(token)) for token in tokens] if request.return_token_strs else None
-        return {"count": len(tokens), "max_model_len": self._engine.context, "tokens": tokens, "token_strs": names}
+        return await _answered(self._translator.tokenized(request))
 
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any] | Problem:
-        """The answer to ``POST /detokenize``, special tokens included."""
-        try:
-            self._translator.known(request.tokens, "tokens")
-        except Refused as error:
-            return error.problem
-        return {"prompt": self._engine.text.decode(request.tokens, special=True)}
+    async def detokenize(self, request: DetokenizeRequest) -> Answered | Problem:
+        """The answer to ``POST /detokenize``."""
+        return await _answered(self._translator.detokenized(request.tokens))
 
     async def tokenizer_info(self) -> dict[str, Any]:
         """The answer to ``GET /tokenizer_info``, but the model's name."""
@@ -282,6 +275,15 @@ class Replica:
             for position, text in enumerate(self._translator.echoed(request))
             for choice in range(request.n)
         ]
+
+
+async def _answered(answer: Awaitable[Answered]) -> Answered | Problem:
+    try:
+        return await answer
+    except Refused as error:
+        return error.problem
+    except QueueFull as error:
+        return overloaded(str(error))
 
 
 def this_process() -> Process:

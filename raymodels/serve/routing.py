@@ -175,16 +175,6 @@ class Routes:
             raise Refused(Problem(status=400, message=message, param="model"))
         return next(iter(self.table))
 
-    async def unready(self) -> list[str]:
-        """Model names without a running replica."""
-        status = await asyncio.to_thread(serve.status)
-        running = set()
-        for name, application in status.applications.items():
-            for deployment, state in application.deployments.items():
-                if state.replica_states.get("RUNNING", 0) > 0:
-                    running |= {name, deployment}
-        return sorted(model for model, route in self.table.items() if not running & route.applications.keys())
-
     def base(self, model: str) -> str:
         """The model whose replicas answer for a name: another one's if it is an adapter."""
         return self._route(model).parent or model

@@ -15,6 +15,8 @@ from raymodels.errors import ServeError
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_BEGINNING = 3
 """Bytes that a character can lack its end of: those of UTF-8 have at most four."""
+SHRINKS = 3
+"""By how much NFC makes a text shorter at most, in bytes: a character of three bytes for its parts of nine."""
 RAW_KEPT = 2**16
 """Tokens whose bytes are kept: log-probabilities name the same ones again and again."""
 CONTEXT = 8
@@ -41,6 +43,10 @@ class Text:
         self._special = set(tokenizer.all_special_ids)
         self._mute = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self.size = len(tokenizer)
+        # Encoding goes past the tokenizer's own front, which sets these for each text: two threads could not do that.
+        backend.no_truncation()
+        backend.no_padding()
+        self._longest = _longest(backend) if self._byte_level else None
         # The bytes that a token stands for; they may be part of a character.
         self.raw = lru_cache(maxsize=RAW_KEPT)(self._raw)
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
@@ -65,8 +71,17 @@ class Text:
             ValueError: it holds a lone surrogate, which is no character.
         """
         text.encode()  # UnicodeEncodeError is a ValueError; the tokenizer's own error would not say what is wrong
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return ids
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def count(self, text: str) -> int:
+        """Tokens of a part of a text; what is no character counts as one."""
+        characters = text.encode(errors="replace").decode()
+        return len(self.backend.encode_batch_fast([characters], add_special_tokens=False)[0])
+
+    def fewest(self, text: str) -> int:
+        """A number of tokens that the text has at least, known without encoding it; 0 where none is."""
+        return 0 if self._longest is None else len(text) // self._longest
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of token ids; special tokens only have one if ``special`` is set."""
@@ -219,6 +234,18 @@ def _begins(end: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.start == 0 and error.reason == "unexpected end of data"
     return False
+
+
+def _longest(backend: Any) -> int | None:
+    """The most bytes of text that a token of a byte-level vocabulary stands for; none if one may be for any many."""
+    added = backend.get_added_tokens_decoder().values()
+    if any(token.lstrip or token.rstrip for token in added):
+        return None
+    shrinks = {"": 1, "NFC": SHRINKS}.get(type(backend.normalizer).__name__ if backend.normalizer else "")
+    if shrinks is None:
+        return None
+    pieces = max(map(len, backend.get_vocab(with_added_tokens=False)), default=1)  # one character of which is one byte
+    return shrinks * max([pieces, *(len(token.content.encode()) for token in added)])
 
 
 @lru_cache(maxsize=1)

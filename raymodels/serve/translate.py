@@ -5,14 +5,13 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
-from raymodels.serve.conversation import Message, Tool
+from raymodels.serve.conversation import AssistantMessage, Message, Tool
+from raymodels.serve.encoding import SMALL, Answered, Encoder
 from raymodels.serve.engine import GenerateRequest, Sampling
 from raymodels.serve.schema import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Problem,
-    Refused,
     Request,
     TokenizeChatRequest,
     TokenizeRequest,
@@ -24,6 +23,8 @@ from raymodels.serve.tools import OPEN, without_tool_roles
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; a chat goes on to the end of the context."""
 
+MANY = 32
+"""Messages and parts of them that are made a prompt at once, on the event loop."""
 LEAST = 1e-6
 """Below this, a temperature or a ``top_p`` leaves only the likeliest token, and dividing by it only overflows."""
 
@@ -33,12 +34,14 @@ class Translator:
     """Translates for one model.
 
     Args:
+        encoder: of the same text.
         reference: NAME@3, for messages.
         context: most tokens of prompt and output together.
         max_choices: how many may be running and waiting at once.
     """
 
     text: Text
+    encoder: Encoder
     reference: str
     context: int
     max_choices: int
@@ -48,30 +51,39 @@ class Translator:
         """Whether the model writes calls of tools between tags."""
         return OPEN in (self.text.chat_template or "")
 
-    def parts(self, request: Request, adapter: str | None) -> list[GenerateRequest]:
+    async def parts(self, request: Request, adapter: str | None) -> list[GenerateRequest]:
         """One engine request per prompt, without its grammar, for an adapter of the model or for the model alone.
 
         Raises:
+            QueueFull: too many prompts wait to be encoded.
             Refused: 400, names the field.
         """
-        prompts = self._prompts(request)
-        if len(prompts) * request.n > self.max_choices:
-            message = f"{len(prompts)} prompts with n {request.n} are over the {self.max_choices} choices held at once"
+        prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        if prompts * request.n > self.max_choices:
+            message = f"{prompts} prompts with n {request.n} are over the {self.max_choices} choices held at once"
             raise refused(f"{message}: send fewer", "prompt" if isinstance(request, CompletionRequest) else "n")
-        return [self._part(request, tokens, adapter) for tokens in prompts]
+        return [self._part(request, tokens, adapter) for tokens in await self._prompts(request)]
 
-    def tokens(self, request: TokenizeRequest | TokenizeChatRequest) -> list[int]:
-        """The token ids that a tokenizer route is asked for; raises as `parts`."""
+    async def tokenized(self, request: TokenizeRequest | TokenizeChatRequest) -> Answered:
+        """The answer to a request for token ids; raises as `parts`."""
+        special, names = request.add_special_tokens, request.return_token_strs
         if isinstance(request, TokenizeRequest):
-            return self._encode(request.prompt, "prompt", request.add_special_tokens)
-        text = self._chat(request.messages, request.tools, request.add_generation_prompt)
-        return self._encode(text, "messages", request.add_special_tokens)
+            return await self.encoder.tokenized(lambda: request.prompt, "prompt", special, names)
 
-    def inputs(self, request: EmbeddingRequest) -> list[list[int]]:
+        def text() -> str:
+            return self._chat(request.messages, request.tools, request.add_generation_prompt)
+
+        return await self.encoder.tokenized(text, "messages", special, names)
+
+    async def detokenized(self, tokens: list[int]) -> Answered:
+        """The answer to a request for the text of token ids; raises as `parts`."""
+        return await self.encoder.detokenized(tokens, self.known)
+
+    async def inputs(self, request: EmbeddingRequest) -> list[list[int]]:
         """The token ids of each text to embed; raises as `parts`."""
         if len(request.inputs) > self.max_choices:
             raise refused(f"{len(request.inputs)} inputs are over the {self.max_choices} held at once", "input")
-        inputs = [self._encode(each, "input") if isinstance(each, str) else each for each in request.inputs]
+        inputs = await self.encoder.prompts(request.inputs, "input")
         for tokens in inputs:
             self.known(tokens, "input")
         return inputs
@@ -122,13 +134,15 @@ class Translator:
             logit_bias=bias,
         )
 
-    def _prompts(self, request: Request) -> list[list[int]]:
+    async def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
-            prompts = [self._encode(each, "prompt") if isinstance(each, str) else each for each in request.prompts]
+            prompts = await self.encoder.prompts(request.prompts, "prompt")
             for tokens in prompts:
                 self.known(tokens, "prompt")
         else:
-            prompts = [self._encode(self._chat(request.messages, request.callable_tools), "messages", special=False)]
+            given = request.messages, request.callable_tools
+            text = self._chat(*given) if _small(*given) else await self.encoder.aside(self._chat, *given)
+            prompts = await self.encoder.prompts([text], "messages", special=False)
         start = [] if self.text.start is None else [self.text.start]
         return [prompt or start for prompt in prompts]
 
@@ -145,9 +159,14 @@ class Translator:
             message = f"the model's chat template refuses this conversation: {error}"
             raise refused(message, "messages") from error
 
-    def _encode(self, text: str, field: str, special: bool = True) -> list[int]:
-        try:
-            return self.text.encode(text, add_special_tokens=special)
-        except UnicodeEncodeError as error:
-            message = f"{field} holds a lone surrogate, which is no character: {error.reason}"
-            raise Refused(Problem(status=400, message=message, param=field)) from error
+
+def _small(messages: list[Message], tools: list[Tool]) -> bool:
+    """Whether a conversation is made a prompt in no time. Tools and their calls may be of any size."""
+    if tools or len(messages) > MANY:
+        return False
+    if any(isinstance(message, AssistantMessage) and message.tool_calls for message in messages):
+        return False
+    texts = [[each.content] if isinstance(each.content, str) else each.content[: MANY + 1] for each in messages]
+    if sum(map(len, texts)) > 2 * MANY:
+        return False
+    return sum(len(part if isinstance(part, str) else part.text) for text in texts for part in text) <= SMALL

@@ -12,7 +12,7 @@ import pytest
 from raymodels.config import HttpConfig, TenantConfig
 from raymodels.serve.admission import Admission, Queue, Turn
 from raymodels.serve.fair_queue import Line, Room, Slot
-from raymodels.serve.quotas import Bucket, check_prompt, estimated_tokens, limited, sequences
+from raymodels.serve.quotas import Bucket, Quotas, check_prompt, estimated_tokens, limited, sequences
 from raymodels.serve.schema import Refused, read_chat, read_completion, read_embedding
 from tests.unit.virtual_time import run
 
@@ -24,7 +24,7 @@ def tenant(name: str = "a", **limits: Any) -> TenantConfig:
 
 
 def admission(running: int = 1, waiting: int = 10_000, tokens: int = 10**9) -> Admission:
-    return Admission(lambda _: Room(running, waiting, tokens))
+    return Admission(lambda _: Room(running, waiting, tokens), Quotas())
 
 
 async def work(
@@ -43,12 +43,13 @@ async def work(
         await asyncio.sleep(seconds)
         turn.done(places)
 
-    async with admission.slot(tenant, "m", tokens, sequences, deadline) as turn:
-        if turn.waiting:
-            await in_parts(turn, compute)
-        else:
-            await asyncio.sleep(seconds)
-        turn.used_tokens = tokens if used is None else used
+    with admission._quotas.request(tenant, start):  # as every request is by the front
+        async with admission.slot(tenant, "m", tokens, sequences, deadline) as turn:
+            if turn.waiting:
+                await in_parts(turn, compute)
+            else:
+                await asyncio.sleep(seconds)
+            turn.used_tokens = tokens if used is None else used
     return asyncio.get_running_loop().time() - start
 
 
@@ -114,7 +115,7 @@ def test_a_request_larger_than_the_room_is_served_in_parts_beside_others() -> No
 
 def test_the_last_places_are_for_who_holds_no_more_than_those() -> None:
     async def main() -> tuple[list[float], list[float], bool]:
-        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1))
+        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1), Quotas())
         loud = [asyncio.create_task(work(door, tenant("loud"), 1.0)) for _ in range(6)]
         await settled()
         quiet = [asyncio.create_task(work(door, tenant("quiet"), 1.0)) for _ in range(2)]
@@ -129,7 +130,7 @@ def test_the_last_places_are_for_who_holds_no_more_than_those() -> None:
 
 def test_a_large_request_waits_its_turn_while_others_use_what_is_reserved() -> None:
     async def main() -> list[float]:
-        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1))
+        door = Admission(lambda _: Room(4, 100, 10**6, reserved=1), Quotas())
         tasks = [asyncio.create_task(work(door, tenant("loud"), 1.0)) for _ in range(2)]
         await settled()
         tasks += [asyncio.create_task(work(door, tenant("large"), 1.0, sequences=3))]
@@ -389,7 +390,7 @@ def test_more_replicas_let_more_in() -> None:
 
     async def main() -> float:
         nonlocal room
-        door = Admission(lambda _: room)
+        door = Admission(lambda _: room, Quotas())
         tasks = [asyncio.create_task(work(door, tenant(), 1.0)) for _ in range(4)]
         await asyncio.sleep(0.5)
         room = Room(4, 100, 10_000)
@@ -466,7 +467,7 @@ def test_concurrency_counts_waiting_and_running() -> None:
 
 def test_several_gateways_grant_a_part_each() -> None:
     async def main() -> int:
-        door, granted = Admission(lambda _: Room(10, 10, 10**6), gateways=4), 0
+        door, granted = Admission(lambda _: Room(10, 10, 10**6), Quotas(gateways=4)), 0
         for _ in range(20):
             try:
                 await work(door, tenant(requests_per_minute=20), 0)
@@ -523,10 +524,15 @@ def test_a_completion_keeps_openais_default_under_a_larger_limit() -> None:
 
 
 def test_a_long_prompt_is_refused_once_its_tokens_are_known() -> None:
-    check_prompt(10, tenant(), HttpConfig(max_prompt_tokens=10))
-    with pytest.raises(Refused) as refused:
-        check_prompt(11, tenant(), HttpConfig(max_prompt_tokens=10))
-    assert problem(refused.value).status == 400
+    for request, field in (
+        (read_completion(COMPLETION), "prompt"),
+        (read_chat(CHAT), "messages"),
+        (read_embedding({"model": "m", "input": "x"}), "input"),
+    ):
+        check_prompt(10, tenant(), HttpConfig(max_prompt_tokens=10), request)
+        with pytest.raises(Refused) as refused:
+            check_prompt(11, tenant(), HttpConfig(max_prompt_tokens=10), request)
+        assert (problem(refused.value).status, problem(refused.value).param) == (400, field)
 
 
 def test_what_needs_no_place_is_under_the_quotas_and_does_not_wait() -> None:
@@ -546,3 +552,43 @@ def test_what_needs_no_place_is_under_the_quotas_and_does_not_wait() -> None:
 def test_a_slot_compares_by_identity() -> None:
     """Two equal requests of one tenant wait in one line; leaving takes the right one out."""
     assert Slot(1, 1) != Slot(1, 1)
+
+
+@pytest.mark.parametrize(("seconds", "places"), [(0.15, 1), (1.0, 2), (30.0, 1)])
+def test_a_full_queue_says_how_long_it_takes_to_empty(seconds: float, places: int) -> None:
+    """Of requests that take a tenth of what they were estimated at."""
+
+    async def main() -> tuple[int, float]:
+        door, loop = admission(running=places, waiting=10), asyncio.get_running_loop()
+        tasks = [asyncio.create_task(work(door, tenant(), seconds, used=10)) for _ in range(places + 10)]
+        await asyncio.sleep(seconds * 2.5)
+        tasks += [asyncio.create_task(work(door, tenant(), seconds, used=10)) for _ in range(2 * places)]
+        await settled()
+        with pytest.raises(Refused) as refused:
+            await work(door, tenant(), seconds)
+        told, since = problem(refused.value).retry_after_s, loop.time()
+        while door.queue("m").waiting:
+            await asyncio.sleep(seconds / 10)
+        took = loop.time() - since
+        await asyncio.gather(*tasks)
+        return told, took
+
+    told, took = run(main())
+    assert 1 <= told <= 60
+    assert min(took, 60) / 1.5 <= told <= took * 1.5 + 1
+
+
+def test_before_anything_has_left_a_full_queue_says_as_long_again_as_it_took_so_far() -> None:
+    async def main() -> list[int]:
+        door, told = admission(waiting=3), list[int]()
+        tasks = [asyncio.create_task(work(door, tenant(), 100.0)) for _ in range(4)]
+        for _ in range(3):
+            await settled()
+            with pytest.raises(Refused) as refused:
+                await work(door, tenant(), 1.0)
+            told.append(problem(refused.value).retry_after_s)
+            await asyncio.sleep(10)
+        await asyncio.gather(*tasks)
+        return told
+
+    assert run(main()) == [1, 10, 20]

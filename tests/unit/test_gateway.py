@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,13 @@ from ray import serve
 from raymodels.config import EngineConfig, HttpConfig
 from raymodels.serve.access_log import LOGGER
 from raymodels.serve.capacity import Replicas
+from raymodels.serve.encoding import Answered
 from raymodels.serve.engine import Delta
 from raymodels.serve.gateway import Gateway, app
 from raymodels.serve.openapi import page
 from raymodels.serve.replica import Accepted, Description, Embedded
 from raymodels.serve.routing import Route
-from raymodels.serve.schema import Problem, Request
+from raymodels.serve.schema import EmbeddingRequest, Problem, Request
 from raymodels.serve.tenants import add_key
 from tests.unit.endpoint import LocalHandle, serve_status
 
@@ -51,10 +53,12 @@ class Script:
         finally:
             running -= 1
 
-    async def check(self, request: Request, adapter: str | None) -> int | Problem:
-        if any("bad" in prompt for prompt in request.prompts):  # type: ignore[union-attr, operator]
+    async def check(self, request: Any, adapter: str | None) -> int | Problem:
+        if isinstance(request, EmbeddingRequest):
+            return 3 * len(request.inputs)
+        if any("bad" in prompt for prompt in request.prompts):
             return Problem(status=400, message="a bad prompt", param="prompt")
-        return 5 * len(request.prompts)  # type: ignore[union-attr]
+        return 5 * len(request.prompts)
 
     async def describe(self) -> Description:
         return Description(
@@ -70,8 +74,14 @@ class Script:
     async def embed(self, request: Any, adapter: str | None) -> Embedded:
         return Embedded([[0.6, 0.8] for _ in request.inputs], 3 * len(request.inputs))
 
-    async def tokenize(self, request: Any) -> dict[str, Any]:
-        return {"tokens": [1, 2]}
+    async def tokenize(self, request: Any) -> Answered:
+        return Answered(b'{"tokens": [1, 2]}', 2)
+
+    async def detokenize(self, request: Any) -> Answered:
+        return Answered(b'{"prompt": ""}', 0)
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {}
 
 
 Use = Callable[[httpx.AsyncClient, Any], Awaitable[Any]]
@@ -446,3 +456,149 @@ def test_too_large_a_body_is_413(use: Any) -> None:
         assert error(await ask(client, filler="x" * 1000)) == (413, "body_too_large")
 
     use(what, max_body_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status"),
+    [
+        ("POST", "/v1/completions", {"content": b"x" * 3000}, 413),
+        ("POST", "/v1/completions", {"content": b"{}", "headers": {"Content-Type": "text/plain"}}, 415),
+        ("POST", "/v1/completions", {"content": b"{"}, 400),
+        ("POST", "/v1/completions", {"json": {"model": "m", "prompt": "x", "unknown": 1}}, 400),
+        ("POST", "/v1/completions", {"json": {"model": "nowhere", "prompt": "x"}}, 404),
+        ("POST", "/v1/completions", {"headers": {"X-Request-Timeout": "soon"}}, 400),
+        ("GET", "/v1/completions", {}, 405),
+        ("GET", "/nowhere", {}, 404),
+        ("GET", "/openapi.json", {}, 200),
+        ("GET", "/v1/models", {}, 200),
+        ("GET", "/v1/models/m", {}, 200),
+        ("POST", "/tokenize", {"json": {"model": "m", "prompt": "x"}}, 200),
+        ("POST", "/detokenize", {"json": {"model": "m", "tokens": []}}, 200),
+        ("GET", "/tokenizer_info?model=m", {}, 200),
+    ],
+)
+def test_every_request_with_a_key_counts(
+    use: Any, tmp_path: Path, method: str, path: str, sent: dict[str, Any], status: int
+) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", requests_per_minute=2)
+
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        headers = {"Authorization": f"Bearer {key}"} | sent.get("headers", {})
+        ask = {"url": path, "method": method} | sent | {"headers": headers}
+        assert [(await client.request(**ask)).status_code for _ in range(3)] == [status, status, 429]
+        refused = await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert error(refused) == (429, "requests_per_minute_exceeded")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 30
+        assert (await client.get("/healthz")).status_code == 200
+
+    use(what, keys_file=file, max_body_bytes=2000)
+
+
+def test_embeddings_are_under_the_limit_of_a_prompt(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", max_prompt_tokens=6)
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        own = {"Authorization": f"Bearer {key}"}
+        for texts, status in ((2, 200), (3, 400), (12, 400)):  # of three tokens each; the last ones in parts
+            answer = await client.post("/v1/embeddings", json={"model": "m", "input": ["x"] * texts}, headers=own)
+            assert answer.status_code == status
+        assert (error(answer), answer.json()["error"]["param"]) == ((400, "prompt_too_long"), "input")
+        assert gateway._admission.queue("m").idle
+
+    use(what, keys_file=file)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "method"),
+    [
+        ("/v1/embeddings", {"input": "x" * 400}, "embed"),
+        ("/v1/completions", {"prompt": "x" * 400, "max_tokens": 1}, "generate"),
+        ("/tokenize", {"prompt": "x" * 400}, "tokenize"),
+    ],
+)
+@pytest.mark.parametrize("how", ["given up", "refused"])
+def test_what_a_replica_was_sent_is_charged_however_it_ends(
+    use: Any, tmp_path: Path, path: str, fields: dict[str, Any], method: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", tokens_per_minute=150)
+    begun, problem = asyncio.Event(), Problem(status=400, message="too long", param="prompt")
+
+    async def once(*_: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(30 if how == "given up" else 0)
+        return problem
+
+    async def stream(*_: Any) -> AsyncGenerator[Any, None]:
+        yield await once()
+
+    monkeypatch.setattr(Script, method, stream if method == "generate" else once)
+
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        own = {"Authorization": f"Bearer {key}"}
+        asking = asyncio.create_task(client.post(path, json={"model": "m", **fields}, headers=own))
+        await begun.wait()
+        if how == "given up":
+            asking.cancel()
+        await asyncio.wait([asking])
+        answer = await client.post(path, json={"model": "m", **fields}, headers=own)
+        assert error(answer) == (429, "tokens_per_minute_exceeded")
+        assert 10 <= int(answer.headers["Retry-After"]) <= 60  # about 110 of 150 are used, and as many asked for
+
+    use(what, keys_file=file)
+
+
+def test_tokens_of_the_tokenizers_routes_are_charged(use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(tmp_path / "keys.yaml")
+    key = add_key(file, "a", tokens_per_minute=100)
+
+    async def tokenize(*_: Any) -> Answered:
+        return Answered(b"{}", 95)
+
+    monkeypatch.setattr(Script, "tokenize", tokenize)
+
+    async def what(client: httpx.AsyncClient, _: Any) -> list[int]:
+        own = {"Authorization": f"Bearer {key}"}
+        body = {"model": "m", "prompt": "x"}
+        return [(await client.post("/tokenize", json=body, headers=own)).status_code for _ in range(2)]
+
+    assert use(what, keys_file=file) == [200, 429]
+
+
+def test_too_large_a_text_for_a_tokenizer_is_413(use: Any) -> None:
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        for path, field in (("/tokenize", {"prompt": "x" * (1 << 20)}), ("/detokenize", {"tokens": [1] * 600_000})):
+            assert error(await client.post(path, json={"model": "m", **field})) == (413, "body_too_large")
+
+    use(what)
+
+
+def test_probes_ask_serve_once_a_moment_and_see_what_changes(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    there = ["m--v1", "n--v1"]
+
+    def status() -> Any:
+        asked.append(time.monotonic())
+        time.sleep(0.02)
+        return serve_status(there)
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        monkeypatch.setattr(serve, "status", status)
+        answers = await asyncio.gather(*(client.get("/readyz") for _ in range(32)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len(asked) == 1  # the first ones waited for one look
+        there.remove("n--v1")
+        assert (await client.get("/readyz")).status_code == 200
+        await gateway._capacity.look()  # as the watch does every two seconds
+        answers = await asyncio.gather(*(client.get("/readyz") for _ in range(32)))
+        assert {answer.status_code for answer in answers} == {503}
+        assert answers[0].json()["models_without_replicas"] == ["n"]
+        assert len(asked) <= 3
+        there.append("n--v1")
+        await asyncio.sleep(0.6)  # what is unready is looked at again by who asks
+        assert (await client.get("/readyz")).status_code == 200
+        assert len(asked) <= 4
+
+    use(what)

@@ -14,7 +14,7 @@ from raymodels.serve.admission import Admission, Turn
 from raymodels.serve.engine import Delta
 from raymodels.serve.fair_queue import Room
 from raymodels.serve.parts import PartedCall, check_size, cut, in_parts, sent
-from raymodels.serve.quotas import sequences
+from raymodels.serve.quotas import Quotas, sequences
 from raymodels.serve.replica import Accepted
 from raymodels.serve.routing import Call
 from raymodels.serve.schema import Problem, Refused, Request, read_chat, read_completion, read_embedding
@@ -104,7 +104,7 @@ def answered(request: Request, use: Callable[[Any], Any], fails: int | None = No
         return 50
 
     async def main() -> Any:
-        door = Admission(lambda _: Room(places, 100, 10**6))
+        door = Admission(lambda _: Room(places, 100, 10**6), Quotas())
         far, who = asyncio.get_running_loop().time() + 60, TenantConfig(name="a", keys=())
         async with door.slot(who, "m", 100, sequences(request), far) as turn:
             call = await sent(request, turn, send, check)
@@ -158,7 +158,7 @@ def test_a_first_part_that_is_refused_refuses_the_request() -> None:
         async def check() -> int:
             return 1
 
-        door, who = Admission(lambda _: Room(2, 100, 10**6)), TenantConfig(name="a", keys=())
+        door, who = Admission(lambda _: Room(2, 100, 10**6), Quotas()), TenantConfig(name="a", keys=())
         with pytest.raises(Refused, match="no"):
             async with door.slot(who, "m", 100, 5, asyncio.get_running_loop().time() + 60) as turn:
                 await sent(completion(prompt="x", n=5, stream=True), turn, send, check)
@@ -182,7 +182,7 @@ def test_leaving_gives_up_every_part() -> None:
                 assert isinstance(turn, Turn)
                 await in_parts(completion(prompt="x", n=9), turn, compute)
 
-        door, who = Admission(lambda _: Room(4, 100, 10**6)), TenantConfig(name="a", keys=())
+        door, who = Admission(lambda _: Room(4, 100, 10**6), Quotas()), TenantConfig(name="a", keys=())
         far = asyncio.get_running_loop().time() + 60
         asking = asyncio.create_task(ask())
         await asyncio.sleep(0.01)
