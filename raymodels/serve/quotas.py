@@ -60,7 +60,15 @@ class Quotas:
         self._accounts: defaultdict[str, Account] = defaultdict(Account)
 
     def open(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
-        """Charge a request of so many tokens, estimated, and count it as open until `close`.
+        """Charge a request of so many tokens, estimated, and count it as open until `close`; raises as `check`."""
+        account = self.check(tenant, tokens, now)
+        account.requests.take(1)
+        account.tokens.take(tokens)
+        account.open += 1
+        return account
+
+    def check(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
+        """What would be charged for a request of so many tokens.
 
         Raises:
             Refused: 429, the tenant is over a quota; says which and for how long.
@@ -76,9 +84,6 @@ class Quotas:
                 bucket.missing = -math.inf  # whatever is taken, it is full when a limit comes
             elif wait := bucket.wait_s(amount, limit * share, now):
                 raise _over(name, limit, wait)
-        account.requests.take(1)
-        account.tokens.take(tokens)
-        account.open += 1
         return account
 
     def close(self, account: Account, estimated: float, used: float) -> None:
@@ -95,9 +100,14 @@ def _over(what: str, limit: int, wait_s: float) -> Refused:
     )
 
 
+def estimated_prompt(body_bytes: int) -> int:
+    """What the prompt of a request may take, judged by its size before anybody has encoded it."""
+    return body_bytes // BYTES_PER_TOKEN + 1
+
+
 def estimated_tokens(body_bytes: int, request: Work) -> int:
-    """What a request may take, of prompt and answer together, judged by its size before anybody has encoded it."""
-    prompt = body_bytes // BYTES_PER_TOKEN + 1
+    """What a request may take, of prompt and answer together, as `estimated_prompt`."""
+    prompt = estimated_prompt(body_bytes)
     if isinstance(request, EmbeddingRequest):
         return prompt
     asked = _asked(request)
