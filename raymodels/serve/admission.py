@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from raymodels.config import TenantConfig
 from raymodels.serve.fair_queue import FairQueue, Full, Room, Slot
 from raymodels.serve.metrics import QUEUE_REQUESTS, QUEUE_SECONDS, QUEUE_TOKENS, RUNNING
-from raymodels.serve.quotas import Quotas
+from raymodels.serve.quotas import Quotas, estimated_prompt
 from raymodels.serve.schema import Problem, Refused
 
 RATE_S = 30.0
@@ -190,6 +190,13 @@ class Admission:
         self._base = base
         self._quotas = quotas
         self._queues: dict[str, Queue] = {}
+
+    def check(self, tenant: TenantConfig, body_bytes: int) -> None:
+        """
+        Raises:
+            Refused: 429, the tenant is over a quota, whatever a body of so many bytes holds.
+        """
+        self._quotas.check(tenant, estimated_prompt(body_bytes), asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def slot(

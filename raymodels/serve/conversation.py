@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
-from raymodels.serve.wire import NAME, Ignored, JsonSchema, Wire
+from raymodels.serve.wire import MAX_VALUES, NAME, Ignored, JsonSchema, Wire, values
 
 MAX_TOOLS = 128
+MAX_MESSAGES = 4096
+"""Of one conversation, with the calls of tools in them."""
 
 
 class ContentPart(Wire):
@@ -17,7 +19,13 @@ class ContentPart(Wire):
     text: str
 
 
-Content = str | list[ContentPart]
+def _joined(content: str | list[ContentPart]) -> str:
+    """Content given in parts as one text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+Content = Annotated[str | list[ContentPart], AfterValidator(_joined)]
+"""Text, once it is read."""
 
 
 class FunctionCall(Wire):
@@ -38,7 +46,7 @@ class ToolCall(Wire):
             arguments = json.loads(self.function.arguments)
         except (ValueError, RecursionError):
             arguments = None
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or values(arguments) is None:
             arguments = self.function.arguments
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
@@ -51,7 +59,7 @@ class PromptMessage(Wire):
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        return {"role": self.role, "content": joined(self.content)} | ({"name": self.name} if self.name else {})
+        return {"role": self.role, "content": self.content} | ({"name": self.name} if self.name else {})
 
 
 class AssistantMessage(Wire):
@@ -67,7 +75,7 @@ class AssistantMessage(Wire):
     function_call: None = None
 
     def plain(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": self.role, "content": joined(self.content) or self.refusal or ""}
+        message: dict[str, Any] = {"role": self.role, "content": self.content or self.refusal or ""}
         if self.name:
             message["name"] = self.name
         if self.tool_calls:
@@ -84,11 +92,21 @@ class ToolMessage(Wire):
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        message = {"role": self.role, "content": joined(self.content), "tool_call_id": self.tool_call_id}
+        message = {"role": self.role, "content": self.content, "tool_call_id": self.tool_call_id}
         return message | ({"name": self.name} if self.name else {})
 
 
 Message = Annotated[PromptMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def _few_calls(messages: list[Message]) -> list[Message]:
+    calls = sum(len(message.tool_calls or ()) for message in messages if isinstance(message, AssistantMessage))
+    if len(messages) + calls > MAX_MESSAGES:
+        raise ValueError(f"a conversation may have {MAX_MESSAGES:,} messages and calls of tools in all")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_few_calls)]
 
 
 class Function(Wire):
@@ -105,6 +123,16 @@ class Tool(Wire):
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
         return {"type": self.type, "function": self.function.model_dump(exclude={"strict"}, exclude_none=True)}
+
+
+def _few_values(tools: list[Tool]) -> list[Tool]:
+    count = sum(values(tool.function.parameters) or 0 for tool in tools)
+    if count > MAX_VALUES:
+        raise ValueError(f"the parameters of all tools may hold {MAX_VALUES:,} values, not {count:,}")
+    return tools
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), AfterValidator(_few_values)]
 
 
 class FunctionName(Wire):
@@ -142,8 +170,3 @@ class JsonSchemaFormat(Wire):
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
-def joined(content: Content) -> str:
-    """Content given in parts as one text."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ from raymodels.config import EngineConfig, HttpConfig, TableConfig, validate
 from raymodels.errors import ConfigError
 from raymodels.serve.admission import Admission, Turn
 from raymodels.serve.answers import Answer, Usage, answer_to, embeddings
+from raymodels.serve.bodies import Bodies
 from raymodels.serve.capacity import Capacity
 from raymodels.serve.catalog import Catalog
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
@@ -114,13 +116,6 @@ async def _body(http: HttpRequest, limit: int, deadline: float) -> bytes:
     return bytes(body)
 
 
-def _json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(Problem(status=400, message=f"the body is not JSON: {error}")) from error
-
-
 async def _events(request: Request, answer: Answer, call: Call | PartedCall, visit: Visit) -> AsyncIterator[bytes]:
     """The answer as server-sent events. A failure is an event too: the status has long been sent."""
     try:
@@ -177,6 +172,7 @@ class Gateway:
         self._capacity = Capacity(http, self._routes.table, self._engines)
         self._admission = Admission(self._capacity.room, self.front.quotas, self._routes.base)
         self._one_each = OneEach()
+        self._bodies = Bodies(http.max_body_bytes)
         self._catalog = Catalog(self._routes, self._capacity, self._admission.dispatch)
         self._gateways: Any = None
         self._configured = bool(table)
@@ -332,7 +328,8 @@ class Gateway:
         body = await _body(http, self._http.max_body_bytes, visit.deadline)
         _check_media_type(http)
         visit.body_bytes = len(body)
-        return read(_json(body))
+        check = partial(self._admission.check, visit.tenant, len(body))
+        return await self._bodies.read(body, read, visit.tenant.name, visit.deadline, check)
 
     async def _tokenizer(self, http: HttpRequest, method: str, request: Any) -> Response:
         """What a replica's tokenizer makes of a text or of tokens. It costs the tokens, as a prompt of them does."""

@@ -79,10 +79,16 @@ class Quotas:
         finally:
             account.open -= 1
 
+    def check(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
+        """The account that so many tokens would be charged to; raises as `request` where they could not be."""
+        account = self._accounts[tenant.name]
+        self._fits(account.tokens, tokens, tenant.tokens_per_minute, "tokens per minute", now)
+        return account
+
     def charge(self, tenant: TenantConfig, tokens: float, now: float) -> Account:
         """Charge so many tokens, estimated, to be settled once it is known how many it took; raises as `request`."""
-        account = self._accounts[tenant.name]
-        self._take(account.tokens, tokens, tenant.tokens_per_minute, "tokens per minute", now)
+        account = self.check(tenant, tokens, now)
+        account.tokens.take(tokens)
         return account
 
     def settle(self, account: Account, estimated: float, used: float) -> None:
@@ -90,11 +96,14 @@ class Quotas:
         account.tokens.take(used - estimated)
 
     def _take(self, bucket: Bucket, amount: float, limit: int | None, name: str, now: float) -> None:
+        self._fits(bucket, amount, limit, name, now)
+        bucket.take(amount)
+
+    def _fits(self, bucket: Bucket, amount: float, limit: int | None, name: str, now: float) -> None:
         if limit is None:
             bucket.missing = -math.inf  # whatever is taken, it is full when a limit comes
         elif wait := bucket.wait_s(amount, limit / self._gateways, now):
             raise _over(name, limit, wait)
-        bucket.take(amount)
 
 
 def _over(what: str, limit: int, wait_s: float) -> Refused:

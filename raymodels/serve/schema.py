@@ -6,22 +6,34 @@ harmless is ignored, what would change the answer and is not supported is refuse
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from raymodels.serve.conversation import (
-    MAX_TOOLS,
     JsonObjectFormat,
     JsonSchemaFormat,
-    Message,
+    Messages,
     NamedTool,
     ResponseFormat,
     TextFormat,
     Tool,
     ToolChoice,
+    Tools,
 )
-from raymodels.serve.wire import Ignored, Model, Some, TokenId, TokenIds, Wire, limit
+from raymodels.serve.wire import (
+    MAX_TEXTS,
+    MAX_TOKEN_IDS,
+    Ignored,
+    ManyTokenIds,
+    Model,
+    Some,
+    TokenId,
+    TokenIds,
+    Wire,
+    limit,
+)
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -29,6 +41,18 @@ MAX_STOPS = 16
 RETRY_AFTER_S = 1
 
 TOKEN_KEY = r"^(0|[1-9][0-9]{0,9})$"
+MAX_BIAS = 100
+MAX_SHOWN = 1000
+"""Characters of what a client has sent that an error's message may repeat."""
+
+
+def _shown(text: str) -> str:
+    """A text that can be sent, and is no longer than one that is read."""
+    short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return short.encode("utf-8", "backslashreplace").decode()
+
+
+Shown = Annotated[str, AfterValidator(_shown)]
 
 
 class Problem(BaseModel):
@@ -37,9 +61,9 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     status: int
-    message: str
+    message: Shown
     type: str = "invalid_request_error"
-    param: str | None = None
+    param: Shown | None = None
     code: str | None = None
     retry_after_s: int | None = None
 
@@ -71,7 +95,23 @@ class StreamOptions(Wire):
 
 
 Stop = Annotated[str, Field(min_length=1)]
-Bias = dict[Annotated[str, Field(pattern=TOKEN_KEY)], Annotated[float, Field(ge=-100, le=100)]]
+
+
+def _first_bias(given: Any) -> Any:
+    """What is wrong first alone, for pydantic to say what, where there are many."""
+    if not isinstance(given, dict):
+        return given
+    is_id = re.compile(TOKEN_KEY, re.ASCII).fullmatch
+    for key, bias in given.items():
+        if not is_id(key) or type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            return {key: bias}
+    return given
+
+
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=TOKEN_KEY)], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+    BeforeValidator(_first_bias),
+]
 NoText = Annotated[str, Field(max_length=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
@@ -124,7 +164,7 @@ class CompletionRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra=_implies({"max_tokens": {"const": 0}}, {"echo": {"const": True}}))
 
-    prompt: str | Some | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | Some | TokenIds | ManyTokenIds
     max_tokens: int | None = Field(None, ge=0, lt=2**31, json_schema_extra=limit("context"), description="default 16")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
@@ -153,13 +193,13 @@ class ChatRequest(GenerationRequest):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1, lt=2**31, json_schema_extra=limit("context"))
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, json_schema_extra=limit("context"))
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat = TextFormat(type="text")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+    tools: Tools = Field([])
     tool_choice: ToolChoice | None = Field(None, description="default auto where there are tools")
     parallel_tool_calls: bool = True
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] = Field(["text"])
@@ -191,7 +231,7 @@ class EmbeddingRequest(Wire):
     """``POST /v1/embeddings``."""
 
     model: Model
-    input: Stop | Annotated[list[Stop], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    input: Stop | Annotated[list[Stop], Field(min_length=1, max_length=MAX_TEXTS)] | TokenIds | ManyTokenIds
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, json_schema_extra=limit("dimensions"), description="the model's own")
     user: Ignored = None
@@ -214,8 +254,8 @@ class TokenizeChatRequest(Wire):
     """``POST /tokenize`` of a conversation, as the chat route would encode it."""
 
     model: Model | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+    messages: Messages
+    tools: Tools = Field([])
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     return_token_strs: bool = False
@@ -225,7 +265,7 @@ class DetokenizeRequest(Wire):
     """``POST /detokenize``."""
 
     model: Model | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)]
 
 
 Request = CompletionRequest | ChatRequest
@@ -296,16 +336,20 @@ def _read(body: Any, kind: type[Kind]) -> Kind:
         raise _of(error) from None
 
 
+TEXTS = (
+    "a string, a list of strings, token ids, or a list of token id lists, none of them empty, "
+    f"{MAX_TEXTS:,} strings or lists and {MAX_TOKEN_IDS:,} token ids at most"
+)
 LISTS = {
-    "prompt": "a string, a list of strings, token ids, or a list of token id lists, none of them empty",
-    "input": "a string, a list of strings, token ids, or a list of token id lists, none of them empty",
+    "prompt": TEXTS,
+    "input": TEXTS,
     "stop": f"a string or a list of at most {MAX_STOPS} strings, none of them empty",
 }
 """Fields of several forms, of which pydantic would report every one."""
 
 
 def _of(error: ValidationError) -> Refused:
-    item = error.errors()[0]
+    item = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if not item["loc"]:
         return refused("a field's name holds a lone surrogate, which is no character", None)
     field = str(item["loc"][0])

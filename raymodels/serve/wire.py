@@ -1,7 +1,12 @@
-"""What the bodies of all requests share: how strictly types are taken, and what null means."""
+"""What the bodies of all requests share: how strictly types are taken, what null means, and how much a body may hold.
+
+Of a body with many faults only the first is looked for: the errors of millions of items would take gigabytes. And a
+request holds few objects however large it is, as each costs its time wherever the request is read, sent or taken.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -10,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     WithJsonSchema,
     model_validator,
@@ -21,6 +27,25 @@ LIMIT = "x-limit"
 """Marks what only a model can bound, such as its context: the OpenAPI page writes the bound there."""
 SCHEMA_DEPTH = 64
 """Levels that a JSON schema may be nested."""
+MAX_DEPTH = 100
+"""Levels that a body may be nested, whatever is in it: less than any code that goes down them can take."""
+MAX_TOKEN_IDS = 2**20
+"""In one request, all its prompts together."""
+MAX_TEXTS = 2**14
+"""Prompts or texts of one request."""
+MAX_VALUES = 2**16
+"""Numbers, strings, lists and objects in a request's JSON schemas."""
+
+
+def _stop_at_first(schema: Any) -> None:
+    """Have every list of a schema end at its first wrong item."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        schema = [item for key, item in schema.items() if key != "metadata"]
+    if isinstance(schema, list | tuple):
+        for item in schema:
+            _stop_at_first(item)
 
 
 class Wire(BaseModel):
@@ -32,12 +57,17 @@ class Wire(BaseModel):
     @classmethod
     def _as_meant(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: _whole(item) for key, item in value.items() if item is not None or not cls._knows(key)}
+            known = _names(cls)
+            unknown = next((key for key in value if key not in known), None)  # the first is enough to be refused
+            meant = {key: _whole(item) for key, item in value.items() if item is not None and key in known}
+            return meant if unknown is None else {unknown: value[unknown]} | meant
         return value
 
     @classmethod
-    def _knows(cls, key: str) -> bool:
-        return any(key == (field.alias or name) for name, field in cls.model_fields.items())
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first(schema)
+        return schema
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -52,8 +82,13 @@ class Wire(BaseModel):
 def _whole(value: Any) -> Any:
     """JSON knows no integers: 2.0 is one."""
     if isinstance(value, list):
-        return [_whole(item) for item in value]
+        return [_whole(item) for item in value] if not {float, list}.isdisjoint(map(type, value)) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@lru_cache
+def _names(kind: type[Wire]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items())
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:
@@ -72,14 +107,31 @@ def limit(name: str) -> dict[str, Any]:
     return {LIMIT: name}
 
 
-def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
-    level: list[Any] = [schema]
-    for _ in range(SCHEMA_DEPTH):
-        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
-        level = [item for item in level if isinstance(item, dict | list)]
+def values(value: Any, depth: int = MAX_DEPTH) -> int | None:
+    """How many values there are in a value of JSON, itself not counted; none if it is nested deeper."""
+    level, count = [value], 0
+    for _ in range(depth + 1):
+        level = [node for node in level if isinstance(node, dict | list)]
         if not level:
-            return schema
-    raise ValueError(f"a JSON schema may be nested {SCHEMA_DEPTH} levels deep")
+            return count
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+        count += len(level)
+    return None
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    count = values(schema, SCHEMA_DEPTH)
+    if count is None:
+        raise ValueError(f"a JSON schema may be nested {SCHEMA_DEPTH} levels deep")
+    if count > MAX_VALUES:
+        raise ValueError(f"a JSON schema may hold {MAX_VALUES:,} values, not {count:,}")
+    return schema
+
+
+def _few(lists: list[list[int]]) -> list[list[int]]:
+    if sum(map(len, lists)) > MAX_TOKEN_IDS:
+        raise ValueError(f"there may be {MAX_TOKEN_IDS:,} token ids in all")
+    return lists
 
 
 IGNORED = WithJsonSchema({"description": "Does not change the answer."})
@@ -87,6 +139,7 @@ Ignored = Annotated[Any, BeforeValidator(lambda _: None), IGNORED]
 """A field that any value may have."""
 JsonSchema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra=limit("vocabulary"))]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Some = Annotated[list[str], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
+ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS), AfterValidator(_few)]
+Some = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
 Model = Annotated[str, Field(json_schema_extra=limit("models"))]

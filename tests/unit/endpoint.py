@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
@@ -51,7 +52,8 @@ class LocalHandle:
 
     def __getattr__(self, method: str) -> Any:
         call, wrap = getattr(self._replica, method), LocalStream if self._stream else asyncio.ensure_future
-        return SimpleNamespace(remote=lambda *args: wrap(call(*args)))
+        # Sent as to another process.
+        return SimpleNamespace(remote=lambda *args: wrap(call(*pickle.loads(pickle.dumps(args)))))
 
 
 @contextmanager

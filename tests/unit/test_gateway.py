@@ -602,3 +602,50 @@ def test_probes_ask_serve_once_a_moment_and_see_what_changes(use: Any, monkeypat
         assert len(asked) <= 4
 
     use(what)
+
+
+def test_a_body_is_not_read_for_a_key_over_its_quota(use: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.json")
+    key = add_key(file, "a", tokens_per_minute=100)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        assert (await ask(client, key, prompt_tokens=200)).status_code == 200
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"):
+            for size in (10, 1 << 20):
+                answer = await client.post(path, content=b"no JSON".ljust(size), headers=headers)
+                assert error(answer) == (429, "tokens_per_minute_exceeded")
+        assert not gateway._bodies._readers._idle  # no process was started for it
+
+    use(what, keys_file=file)
+
+
+def test_a_large_body_is_answered_as_a_small_one(use: Any) -> None:
+    large = {"user": "x" * (1 << 20)}
+
+    async def what(client: httpx.AsyncClient, gateway: Any) -> None:
+        try:
+            whole = await client.post("/v1/completions", json=body(tokens=2) | large)
+            assert whole.json()["choices"][0]["text"] == "t1 t2 "
+            embedded = await client.post("/v1/embeddings", json={"model": "m", "input": [[1, 2], [3]]} | large)
+            assert len(embedded.json()["data"]) == 2
+            assert (await client.post("/tokenize", json={"prompt": "x" * (1 << 19)})).status_code == 400  # two models
+            wrong = await client.post("/v1/completions", json=body() | large | {"n": 0})
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "n")
+        finally:
+            await gateway._bodies.close()
+
+    use(what)
+
+
+@pytest.mark.parametrize("field", ["prompt", "metadata", "response_format", "messages", "input", "unknown"])
+def test_what_is_nested_deep_is_400_in_any_field(use: Any, field: str) -> None:
+    deep = '{"a":[' * 300 + "]}" * 300
+
+    async def what(client: httpx.AsyncClient, _: Any) -> None:
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"):
+            content = f'{{"model":"m","{field}":{deep}}}'
+            answer = await client.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+    use(what)
