@@ -107,7 +107,10 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
             handler.setStream(written)  # type: ignore[attr-defined]
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-            return await what(client, gateway)
+            try:
+                return await what(client, gateway)
+            finally:
+                await gateway._bodies.close()
 
     def run(what: Use, **http: Any) -> Any:
         global most
@@ -624,16 +627,13 @@ def test_a_large_body_is_answered_as_a_small_one(use: Any) -> None:
     large = {"user": "x" * (1 << 20)}
 
     async def what(client: httpx.AsyncClient, gateway: Any) -> None:
-        try:
-            whole = await client.post("/v1/completions", json=body(tokens=2) | large)
-            assert whole.json()["choices"][0]["text"] == "t1 t2 "
-            embedded = await client.post("/v1/embeddings", json={"model": "m", "input": [[1, 2], [3]]} | large)
-            assert len(embedded.json()["data"]) == 2
-            assert (await client.post("/tokenize", json={"prompt": "x" * (1 << 19)})).status_code == 400  # two models
-            wrong = await client.post("/v1/completions", json=body() | large | {"n": 0})
-            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "n")
-        finally:
-            await gateway._bodies.close()
+        whole = await client.post("/v1/completions", json=body(tokens=2) | large)
+        assert whole.json()["choices"][0]["text"] == "t1 t2 "
+        embedded = await client.post("/v1/embeddings", json={"model": "m", "input": [[1, 2], [3]]} | large)
+        assert len(embedded.json()["data"]) == 2
+        assert (await client.post("/tokenize", json={"prompt": "x" * (1 << 19)})).status_code == 400  # two models
+        wrong = await client.post("/v1/completions", json=body() | large | {"n": 0})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "n")
 
     use(what)
 
