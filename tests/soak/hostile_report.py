@@ -62,7 +62,7 @@ class Found:
     def wrong(self) -> list[Polite]:
         """Polite requests that were not answered, or not with what their prompt is always answered with."""
         texts = (Counter(one.text for one in self.alone if one.prompt == prompt) for prompt in range(len(PROMPTS)))
-        right = [found.most_common(1)[0][0] for found in texts]
+        right = [max(found, key=found.__getitem__, default="") for found in texts]
         return [one for one in self.alone + self.meanwhile if one.status != 200 or one.text != right[one.prompt]]
 
     @property
@@ -123,8 +123,8 @@ def culprits(found: Found) -> Iterator[str]:
         yield f"case {one.number} ({one.kind}): neither answered nor closed for {one.seconds:.0f} s"
     for kind, count in Counter(one.kind for one in found.hostile if one.plain).items():
         yield f"{count} of {kind}: an error that is not in the protocol's shape"
-    longest = max(found.hostile, key=lambda one: one.error_bytes)
-    yield f"the longest error has {longest.error_bytes} bytes: case {longest.number} ({longest.kind})"
+    if longest := max(found.hostile, key=lambda one: one.error_bytes, default=None):
+        yield f"the longest error has {longest.error_bytes} bytes: case {longest.number} ({longest.kind})"
     wrong = found.wrong
     for polite in [*wrong[:SHOWN], *sorted(found.meanwhile, key=lambda one: -one.seconds)[:SHOWN]]:
         told = f", answered {polite.status} {polite.text[:100]!r}" if polite in wrong else ""
@@ -146,5 +146,5 @@ def bars(found: Found, size: Size) -> list[Bar]:
         Bar(f"polite_p{100 * size.quantile:g}_ratio", meanwhile / alone, "<=", 2),
         Bar("polite_5xx", sum(fails(one.status) for one in found.alone + found.meanwhile), "==", 0),
         Bar("hostile_5xx", len(found.failures), "==", 0),
-        Bar("longest_error_bytes", max(one.error_bytes for one in found.hostile), "<=", ERROR_BYTES),
+        Bar("longest_error_bytes", max((one.error_bytes for one in found.hostile), default=0), "<=", ERROR_BYTES),
     ]

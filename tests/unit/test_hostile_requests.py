@@ -12,6 +12,7 @@ import pytest
 
 from tests.soak.hostile_bodies import MEBIBYTE
 from tests.soak.hostile_client import Outcome, attack
+from tests.soak.hostile_report import Found, culprits
 from tests.soak.hostile_requests import BIG, SMALL, case, is_big
 from tests.soak.hostile_wire import Case, head, sends
 
@@ -88,6 +89,12 @@ def test_a_server_that_holds_the_connection(leave_after_s: float | None, ended: 
     with server(lambda connection: waited.extend(iter(lambda: connection.recv(9), b""))) as port:
         outcome = attack("127.0.0.1", port, asked, longest_s=0.2)
     assert (outcome.ended, outcome.sent, waited) == (ended, 2, [b"x"])
+
+
+def test_what_a_case_alone_did_is_told() -> None:
+    outcome = Outcome(3, "deep", 0.0, status=500, code="internal_error", error_bytes=90)
+    told = list(culprits(Found([], [], [outcome], [], [])))
+    assert told == ["case 3 (deep): 500 internal_error", "the longest error has 90 bytes: case 3 (deep)"]
 
 
 def test_where_nobody_listens() -> None:
