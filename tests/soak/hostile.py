@@ -39,7 +39,7 @@ from tests.soak.hostile_bodies import CONTEXT
 from tests.soak.hostile_client import Outcome, attack
 from tests.soak.hostile_processes import Other, Role, Watch, watched
 from tests.soak.hostile_report import MEBIBYTE, Found, Size, bars, culprits, rows
-from tests.soak.hostile_requests import case
+from tests.soak.hostile_requests import case, is_big
 from tests.soak.polite_client import Polite
 from tests.soak.size import add_size
 
@@ -74,7 +74,8 @@ class Soak:
             first.at_least(size.first, deadline)
         memory = [self._memory_at_rest()]
         with self._polite_client() as polite, self._hostile_clients(len(first.lines) + 1) as hostile:
-            hostile.at_least(size.requests - len(first.lines), deadline)
+            big = size.requests // 4 - sum(is_big(line["number"]) for line in first.lines)
+            hostile.at_least(size.requests - len(first.lines), deadline, big)
             polite.at_least(size.polite, deadline)
         memory.append(self._memory_at_rest())
         outcomes = [Outcome(**line) for line in first.lines + hostile.lines]

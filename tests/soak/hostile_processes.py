@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 
+from tests.soak.hostile_requests import is_big
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 4 << 30
 """Bytes of a process of the endpoint with those that it has started: of a container around them."""
@@ -35,11 +37,14 @@ class Other:
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
 
-    def at_least(self, count: int, deadline: float = float("inf")) -> None:
-        """Return when it has said so much, or the time has come (of `time.monotonic`)."""
-        while len(self.lines) < count and time.monotonic() < deadline:
+    def at_least(self, count: int, deadline: float = float("inf"), big: int = 0) -> None:
+        """Return when it has told of so many requests, so many of them big, or at the deadline (`time.monotonic`)."""
+        while not self._enough(count, big) and time.monotonic() < deadline:
             assert self._process.poll() is None, "a client has died"
             time.sleep(0.05)
+
+    def _enough(self, count: int, big: int) -> bool:
+        return len(self.lines) >= count and sum(is_big(line.get("number", 1)) for line in self.lines) >= big
 
     def __enter__(self) -> Self:
         return self
