@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: setup demo test test-fast soak bench-quick check lint clean
 
-SOAK := resume_matrix sample_exact kill_saves hang_naming batch_resume replica_kill manifest_commands three_hosts hostile
+SOAK := resume_matrix sample_exact kill_saves hang_naming batch_resume replica_kill manifest_commands three_hosts
 QUICK := planner_accuracy disconnects autoscale_replay
 
 setup: $(READY)
