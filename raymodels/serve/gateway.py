@@ -7,6 +7,7 @@ not postponed: FastAPI could not resolve their names in the copy.
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from raymodels.serve.catalog import Catalog
 from raymodels.serve.front import FAILED, Door, Front, Visit, forbidden, not_loading
 from raymodels.serve.listener import Listener, shared_port
 from raymodels.serve.metrics import CLIENT_LEFT, engine_stats, metrics_page, own_figures, table_refused
-from raymodels.serve.one_each import OneEach
+from raymodels.serve.one_each import MAX_BYTES, OneEach
 from raymodels.serve.openapi import page
 from raymodels.serve.parts import PartedCall, check_size, in_parts, sent
 from raymodels.serve.quotas import (
@@ -265,11 +266,11 @@ class Gateway:
 
     @app.post("/tokenize")
     async def tokenize(self, http: HttpRequest) -> Response:
-        return await self._tokenizer(http, "tokenize", await self._read(http, read_tokenize))
+        return await self._tokenizer(http, "tokenize", await self._read(http, read_tokenize, MAX_BYTES))
 
     @app.post("/detokenize")
     async def detokenize(self, http: HttpRequest) -> Response:
-        return await self._tokenizer(http, "detokenize", await self._read(http, read_detokenize))
+        return await self._tokenizer(http, "detokenize", await self._read(http, read_detokenize, MAX_BYTES))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info(self, http: HttpRequest) -> JSONResponse:
@@ -323,9 +324,9 @@ class Gateway:
         queue, gateways = turn.queue, self._http.gateway_replicas
         return Waiting(gateways * queue.waiting_sequences, gateways * queue.waiting_tokens) if queue else NOBODY
 
-    async def _read(self, http: HttpRequest, read: Callable[[Any], Any]) -> Any:
+    async def _read(self, http: HttpRequest, read: Callable[[Any], Any], most_bytes: float = math.inf) -> Any:
         visit: Visit = http.state.visit
-        body = await _body(http, self._http.max_body_bytes, visit.deadline)
+        body = await _body(http, int(min(most_bytes, self._http.max_body_bytes)), visit.deadline)
         _check_media_type(http)
         visit.body_bytes = len(body)
         check = partial(self._admission.check, visit.tenant, len(body))

@@ -36,11 +36,8 @@ class OneEach:
         """A turn for a body of so many bytes, which lasts for the block; what is small needs none.
 
         Raises:
-            Refused: 413, it is too large; 429, too many of this tenant's wait; 504, the deadline has passed.
+            Refused: 429, too many of this tenant's wait; 504, the deadline has passed.
         """
-        if size > MAX_BYTES:
-            message = f"the body is over {MAX_BYTES} bytes, the most that is tokenized at once"
-            raise Refused(Problem(status=413, message=message, code="body_too_large"))
         if size <= SMALL_BYTES:
             yield
             return

@@ -95,7 +95,7 @@ def access_line(request_id: str) -> dict[str, Any]:
 
 def test_keys(endpoint: Endpoint, keys: dict[str, str]) -> None:
     assert httpx.get(endpoint.url + "/healthz").status_code == 200
-    assert httpx.get(endpoint.url + "/readyz").status_code == 200
+    until(lambda: httpx.get(endpoint.url + "/readyz").status_code == 200, seconds=2)
     for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
         answer = httpx.get(endpoint.url + path)
         assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer"), path
