@@ -85,6 +85,7 @@ def endpoint(
             HttpConfig(ingress="proxy", **http), table, handles, dict.fromkeys(handles, engine)
         )
         await server.serve([listening])
+        await context.servable_object._bodies.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="endpoint")
     with (
