@@ -45,18 +45,19 @@ def report(name: str, rows: list[dict[str, Any]], bars: list[Bar]) -> int:
     """Print the table and the bars, write both as JSON; 1 if any bar is short, else 0."""
     table = Table(*rows[0], box=None)
     for row in rows:
-        table.add_row(*(escape(_text(value)) for value in row.values()))
+        table.add_row(*(escape(text(value)) for value in row.values()))
     Console(width=160).print(table)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "rows": rows, "bars": [vars(bar) for bar in bars]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2))
     for bar in bars:
-        print(f"bar {bar.name} {_text(bar.value)} {bar.op} {_text(bar.bound)} {'ok' if bar.met else 'short'}")
+        print(f"bar {bar.name} {text(bar.value)} {bar.op} {text(bar.bound)} {'ok' if bar.met else 'short'}")
     return 0 if all(bar.met for bar in bars) else 1
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A figure as tables show it."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -20,9 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from benchmarks.gpu import wheels
 from benchmarks.gpu.runs import Outcome, Part, run
 from benchmarks.gpu.sheet import Row
+from benchmarks.report import text
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 OLDEST_TORCH = (2, 11)
@@ -138,10 +143,6 @@ def commit() -> str:
 
 def show(outcomes: list[Outcome], head: dict[str, str], results: Path) -> int:
     """Print the table, and write it; 1 if anything is short or failed, else 0."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     content = {"date": time.strftime("%Y-%m-%d"), "machine": head, "parts": [asdict(outcome) for outcome in outcomes]}
     (results / "gpu.json").write_text(json.dumps(content, indent=1))
     table = Table("part", "what was measured", "value", "bound", "verdict", box=None)
@@ -162,9 +163,7 @@ def show(outcomes: list[Outcome], head: dict[str, str], results: Path) -> int:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else text(value)
 
 
 if __name__ == "__main__":

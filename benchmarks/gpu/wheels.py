@@ -20,7 +20,6 @@ PLAIN = ("einops", "hjson", "msgpack", "ninja", "psutil", "py-cpuinfo", "llguida
 PYTHONS = ((3, 11), (3, 12))
 GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)
 MOST_BYTES = 40 << 20
-INSTALL_S = 120
 
 
 class Missing(Exception):
